@@ -1,0 +1,47 @@
+# make demo    pictures of PROMPT, drawn by the shipped bundle, in out/
+# make test    the whole test suite
+# make lint    ruff and mypy
+# make check   test and lint
+#
+# Each makes the environment it needs first, in $(VENV): demo needs the package alone, the others the `dev` extra.
+
+VENV ?= .venv
+JOBS ?= 2
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call usable,$(name))))
+usable = $(shell $(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $(1))
+
+PROMPT ?= a red heart above a blue circle
+# The shell finds the prompt in its environment, untouched: quotes, $ and Chinese need no escaping.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.PHONY: setup demo test lint check
+.DEFAULT_GOAL := check
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	@$(VENV)/bin/tessera generate -n 4 --candidates 16 --seed 0 -o out -- "$$PROMPT"
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not network" -rs
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+check: lint test
+
+# One environment with two stamps: the development one holds all that the demo needs.
+$(VENV)/.base: pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --editable '.[dev]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/bin/pip:
+	@test -n "$(PYTHON)" || { echo "tessera needs Python 3.11 to 3.14; none was found (or give PYTHON=...)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)

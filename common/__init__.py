@@ -1,0 +1,1 @@
+"""What the stages stand on: config, weights on disk, training toolbox, data, images, metrics. Knows no stage."""

@@ -1,0 +1,13 @@
+"""What a user did wrong, said in one sentence: the command line prints it and exits with code 2, Python sees a ValueError."""
+
+
+class InputError(ValueError):
+    """Wrong input. The message is one sentence that says what was wrong, where, and what to do about it."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`, did you mean 'x'?` for the known name that is spelled most like `name`, or the list of all when none is near."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean '{matches[0]}'?" if matches else f"; known are {', '.join(sorted(known))}"

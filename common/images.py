@@ -1,0 +1,88 @@
+"""Pictures between files, PIL and tensors. Everywhere in this project images are float RGB in [-1, 1], (B, 3, H, W)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from common.errors import InputError
+
+METADATA_KEY = "tessera"  # the PNG text chunk that holds a picture's origin as JSON
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture at `path` as RGB, turned as its EXIF says, transparency laid on white. Raises InputError if broken."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the path of a picture") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable picture ({' '.join(str(error).split())})") from None
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Scales the shorter side to `size` and cuts the middle square; a picture that fits already is left alone."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) float in [-1, 1] -> B RGB pictures; values outside are clipped."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def save_png(image: Image.Image, path: Path, origin: dict[str, Any] | None = None) -> None:
+    """Writes a PNG, whole or not at all, with `origin` as JSON in its text chunk `tessera`."""
+    info = PngImagePlugin.PngInfo()
+    if origin is not None:
+        info.add_itxt(METADATA_KEY, json.dumps(origin, ensure_ascii=False))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, format="PNG", pnginfo=info)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
+
+
+def read_origin(path: str | Path) -> dict[str, Any]:
+    """The origin that `save_png` wrote. Raises InputError when the picture has none."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except (OSError, UnidentifiedImageError):
+        raise InputError(f"{path} is not a readable picture; give a PNG written by tessera generate") from None
+    if text is None:
+        raise InputError(f"{path} does not carry its origin; only pictures written by tessera generate do")
+    origin = json.loads(text)
+    assert isinstance(origin, dict)
+    return origin
+
+
+def contact_sheet(images: list[Image.Image], labels: list[str], columns: int = 4, scale: int = 1) -> Image.Image:
+    """All `images` (of one size) in rows of `columns`, each `scale` times as large with its label underneath."""
+    width, height = images[0].width * scale, images[0].height * scale
+    font = ImageFont.load_default(size=11)
+    line, rows = 16, -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + line + 4) + 4), "#e8e8e8")
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = 4 + index % columns * (width + 4), 4 + index // columns * (height + line + 4)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.text((x + 1, y + height + 1), label[: width // 6], fill="black", font=font)
+    return sheet

@@ -1,0 +1,346 @@
+"""The training toolbox: each stage's `train.py` owns its loop, `Run` owns devices, schedules, resume, logs, checkpoints.
+
+A run is a folder: `recipe.yaml`, `checkpoints/`, `samples/`, `logs/` (TensorBoard), `metrics.jsonl`. Started again with
+the same recipe it goes on from its newest checkpoint, and on CPU it ends bit-equal to a run that was never interrupted:
+data order, random numbers and schedules are pure functions of (seed, step), all else is in the checkpoint.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.config import Config
+from common.data import step_loader
+from common.errors import InputError
+from common.images import contact_sheet, to_pil
+
+
+class OptimizerConfig(Config):
+    """AdamW, or Muon (Jordan et al. 2024) for the matrices inside blocks with AdamW for all other parameters."""
+
+    type: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)  # of AdamW; Muon's updates are scaled to AdamW's RMS and share it
+    muon_learning_rate: float | None = Field(None, gt=0)  # another rate for Muon's matrices
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)  # matrices only
+    warmup_steps: int = Field(100, ge=0)
+    final_share: float = Field(0.05, ge=0, le=1)  # the cosine ends at this share of the learning rate
+    clip_norm: float = Field(1.0, gt=0)  # gradient norm above which gradients are scaled down
+
+
+class RunConfig(Config):
+    output: Path  # folder of the run
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)  # pictures a step, over all processes
+    seed: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights stay float32
+    compile: bool = False  # torch.compile; needs a C++ compiler on CPU
+    ema_decay: float = Field(0.999, ge=0, lt=1)  # of the averaged weights that are exported
+    checkpoint_every: int = Field(500, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    log_every: int = Field(20, gt=0)
+    sample_every: int = Field(500, gt=0)  # pictures and export of the weights so far
+    num_workers: int = Field(0, ge=0)  # loader processes; 0 loads between the steps
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what to do."""
+
+
+B = TypeVar("B")
+
+
+class Run:
+    """One training run on one or more processes; see the module's docstring."""
+
+    def __init__(self, config: RunConfig, recipe: Config) -> None:
+        self.config, self.step = config, 0
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bfloat16" else "no", step_scheduler_with_optimizer=False
+        )
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.state: dict[str, Stateful] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._skipped = 0
+        self._drawn = 0
+        self._start_folder(recipe)
+
+    # Set-up ----------------------------------------------------------------------------------------------------------
+
+    def prepare(self, name: str, model: nn.Module, *, compile: bool = True) -> nn.Module:
+        """Moves `model` to the device, wraps it for several processes and adds it to the checkpoints under `name`."""
+        model.to(self.device)
+        if self.config.compile and compile:
+            model.compile()
+        self.state[name] = model
+        prepared: nn.Module = self.accelerator.prepare_model(model)
+        return prepared
+
+    def track(self, name: str, part: Any) -> Any:
+        """Adds anything with a state_dict (an optimizer, averaged weights) to the checkpoints."""
+        self.state[name] = part
+        return part
+
+    def averaged(self, name: str, model: nn.Module) -> AveragedModel:
+        """Exponential moving average of the weights of `model`; buffers are copied. Call `update_parameters` a step."""
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
+        average.requires_grad_(False)
+        self.state[name] = average
+        return average
+
+    def optimizers(self, name: str, model: nn.Module, config: OptimizerConfig) -> "Optimizers":
+        optimizers = Optimizers(model, config, self.config.steps)
+        self.state[name] = optimizers
+        return optimizers
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def batches(self, steps: Dataset[B]) -> Iterator[B]:
+        """The batches of all steps that are still to do; resumes before the first, saves after every so many.
+
+        `steps[i]` must be a pure function of i. A batch may have a field `skipped` with sentences to log.
+        """
+        self._resume()
+        first = self.step
+        self._seed()
+        start, shown = time.perf_counter(), first
+        bar = tqdm(
+            total=self.config.steps,
+            initial=first,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.is_main or not sys.stderr.isatty(),
+        )
+        for batch in step_loader(steps, first, self.config.steps, self.config.num_workers):
+            self._note_skipped(batch)
+            self._seed()
+            yield batch
+            self.step += 1
+            bar.update()
+            if self.due(self.config.log_every):
+                elapsed = time.perf_counter() - start
+                self._write_logs(bar, (self.step - shown) * self.config.batch_size / elapsed)
+                start, shown = time.perf_counter(), self.step
+            if self.due(self.config.checkpoint_every):
+                self.save_checkpoint()
+        bar.close()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def due(self, every: int) -> bool:
+        """Whether something done every `every` steps is to be done now; the last step is always due."""
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def due_after(self, every: int) -> bool:
+        """`due`, asked from inside the loop: whether the step under way is one after which it is due."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.config.steps
+
+    def autocast(self) -> torch.autocast:
+        """The context for forward passes in the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def update(self, optimizers: "Optimizers", loss: Tensor) -> None:
+        """One step of `optimizers` down the gradient of `loss`. Raises TrainingError when it is no longer finite."""
+        self.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(optimizers.parameters, optimizers.config.clip_norm)
+        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            self._stop_not_finite(loss, norm)
+        optimizers.step(self.step)
+
+    def log(self, **scalars: Tensor | float) -> None:
+        """Adds to the means that are logged every `log_every` steps."""
+        for name, value in scalars.items():
+            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def log_now(self, **scalars: float) -> None:
+        """Writes figures of this step at once (evaluations)."""
+        self._write_scalars({name: float(value) for name, value in scalars.items()})
+
+    def save_pictures(self, name: str, images: Tensor, labels: list[str], columns: int = 8) -> None:
+        """(B, 3, H, W) in [-1, 1] as a contact sheet in the run's `samples/` and in TensorBoard."""
+        if not self.is_main or self._writer is None:
+            return
+        sheet = contact_sheet(to_pil(images), labels, columns, scale=max(1, 96 // images.shape[-1]))
+        sheet.save(self.folder / "samples" / f"{name}-{self.step + 1:06d}.png")
+        pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+        self._writer.add_image(name, pixels.view(sheet.height, sheet.width, 3), self.step + 1, dataformats="HWC")
+
+    def say(self, message: str) -> None:
+        if self.is_main:
+            tqdm.write(message, file=sys.stderr)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Writes all state of the run, whole or not at all, and removes the oldest checkpoints."""
+        if self.is_main:
+            path = self.folder / "checkpoints" / f"step-{self.step:07d}.pt"
+            content = {"step": self.step, **{name: part.state_dict() for name, part in self.state.items()}}
+            part = path.with_suffix(".part")
+            with part.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            for old in sorted(path.parent.glob("step-*.pt"))[: -self.config.keep_checkpoints]:
+                old.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        checkpoints = sorted((self.folder / "checkpoints").glob("step-*.pt"))
+        if not checkpoints:
+            return
+        try:
+            content = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+            for name, part in self.state.items():
+                part.load_state_dict(content[name])
+        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+            raise InputError(
+                f"{checkpoints[-1]} does not fit the recipe ({' '.join(str(error).split())[:200]}); "
+                "give run.output another folder or remove the checkpoint"
+            ) from error
+        self.step = content["step"]
+        self.say(f"resumed from {checkpoints[-1]} after {self.step} of {self.config.steps} steps")
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _start_folder(self, recipe: Config) -> None:
+        self.folder, self._writer = self.config.output, None
+        if not self.is_main:
+            return
+        try:
+            for name in ("checkpoints", "samples", "logs"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write the run folder {self.folder}: {error.strerror}; change run.output") from None
+        self._writer = SummaryWriter(str(self.folder / "logs"))
+
+    def _seed(self) -> None:
+        """Random numbers of a step depend on (seed, step, process) alone, so a resumed run draws the same."""
+        torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + self.accelerator.process_index) % 2**63)
+
+    def _note_skipped(self, batch: object) -> None:
+        skipped = getattr(batch, "skipped", [])
+        self._drawn += self.config.batch_size // self.accelerator.num_processes
+        self._skipped += len(skipped)
+        for sentence in skipped:
+            self.say(f"skipped: {sentence}")
+        if self._skipped > max(10, self._drawn // 100):
+            raise InputError(
+                f"{self._skipped} of {self._drawn} pictures could not be read, more than 1 in 100; "
+                "see them with 'tessera data check' and mend or remove them"
+            )
+
+    def _write_logs(self, bar: Any, rate: float) -> None:
+        means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
+        self._sums, self._counts = {}, {}
+        self._write_scalars({**means, "images_per_second": rate})
+        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
+        if bar.disable:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+            self.say(f"step {self.step}/{self.config.steps}  {figures}  {rate:.1f} images/s")
+
+    def _write_scalars(self, scalars: dict[str, float]) -> None:
+        if self._writer is None:
+            return
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, self.step)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **scalars}) + "\n")
+
+    def _stop_not_finite(self, loss: Tensor, norm: Tensor) -> None:
+        raise TrainingError(
+            f"step {self.step}: the loss is {float(loss):.4g} and its gradient norm {float(norm):.4g}, not finite; "
+            f"the checkpoints in {self.folder / 'checkpoints'} are from before: "
+            "lower optimizer.learning_rate or use run.precision=float32, and start again"
+        )
+
+
+class Optimizers:
+    """The optimizer(s) of one model with warm-up, cosine schedule and weight decay on matrices only."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        muon = {id(p) for p in _block_matrices(model)} if config.type == "muon" else set()
+        decayed = [p for p in self.parameters if p.ndim >= 2 and id(p) not in muon]
+        plain = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+        ]
+        self._rates = [config.learning_rate]
+        if muon:
+            matrices = [p for p in self.parameters if id(p) in muon]
+            rate = config.muon_learning_rate or config.learning_rate
+            self._optimizers.append(
+                torch.optim.Muon(
+                    matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+            self._rates.append(rate)
+
+    def step(self, step: int) -> None:
+        """One update at the learning rate of `step`, then gradients are cleared."""
+        factor = schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[Any]:
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        for optimizer, part in zip(self._optimizers, state, strict=True):
+            optimizer.load_state_dict(part)
+
+
+def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> float:
+    """Share of the learning rate at `step`: linear warm-up, then a cosine from 1 down to `final_share`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights of Linear layers inside a `blocks` list: Muon is for hidden matrices, not embeddings and heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "blocks" in name.split("."):
+            yield module.weight

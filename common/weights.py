@@ -1,0 +1,123 @@
+"""Weights on disk: a folder with `config.json` and `model.safetensors` (sharded over a size), read strictly.
+
+Nothing is ever unpickled from such a folder, and a name is looked up on the hub only when no folder of that name exists.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import load_torch_model, save_torch_state_dict
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from common.errors import InputError
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def save_pretrained(
+    model: nn.Module,
+    config: BaseModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes `config.json` and `model.safetensors` into `folder`, whole or not at all.
+
+    `dtype` casts floating point tensors on the way to disk (torch.float16 halves the file).
+    """
+    state = {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    with new_folder(folder) as part:
+        save_torch_state_dict(state, part, max_shard_size=max_shard_size)
+        (part / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Fills `model` with the weights in `folder` and puts it in eval mode.
+
+    Raises InputError when a file is missing or broken, or when names or shapes differ from the model's.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise InputError(f"{folder} has no model.safetensors; restore the file or write the folder again")
+    try:
+        load_torch_model(model, folder, strict=True)
+    except Exception as error:  # safetensors, json and torch each raise their own kinds here
+        reason = " ".join(str(error).split())
+        raise InputError(f"the weights in {folder} cannot be loaded: {reason[:300]}") from error
+    model.eval()
+
+
+def find_folder(name: str | Path) -> Path:
+    """The local folder of a model: `name` itself when it is a folder, else a download from the hub under that name.
+
+    Raises InputError when `name` is neither, or when the hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise InputError(f"'{name}' is neither an existing folder nor a hub name like 'owner/model'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), etag_timeout=5))
+    except Exception as error:  # a dozen kinds: offline, unknown, gated, interrupted
+        raise InputError(
+            f"'{name}' is not a folder here, and the hub did not give it ({type(error).__name__}); "
+            "check the name and the network, or give a local folder"
+        ) from error
+
+
+def fingerprint(*parts: Tensor | bytes | str) -> str:
+    """16 hex digits that change when any of `parts` does (SHA-256; tensors as float32 bytes with their shape)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(str(tuple(part.shape)).encode())
+            digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that replaces `folder` when the block succeeds and vanishes when it fails."""
+    folder = Path(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    try:
+        part.chmod(0o755)
+        yield part
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes `content` as JSON, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,112 @@
+"""The image tokenizer: encoder, bottleneck, decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
+
+Letters: B batch, H W pixels, h w code grid, Q codebooks, K codebook size, D latent channels.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from common.config import Config, read_config
+from common.errors import InputError
+from common.weights import find_folder, fingerprint, load_weights, save_pretrained
+from stage1_tokenizer.bottlenecks import BottleneckConfig, VQEMAConfig, build_bottleneck
+from stage1_tokenizer.convolutions import Decoder, Encoder, TrunkConfig
+
+
+class AutoencoderConfig(Config):
+    type: str = Field("autoencoder", pattern="^autoencoder$")
+    image_size: int = Field(256, gt=0)  # pixels a side it is trained at; other sizes divisible by the factor work
+    trunk: TrunkConfig = TrunkConfig()
+    bottleneck: BottleneckConfig = VQEMAConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "AutoencoderConfig":
+        if self.image_size % self.trunk.factor:
+            raise ValueError(f"image_size must be divisible by the factor {self.trunk.factor}, got {self.image_size}")
+        if any(width % self.trunk.norm_groups for width in self.trunk.widths):
+            raise ValueError(f"norm_groups {self.trunk.norm_groups} must divide the widths {self.trunk.widths}")
+        return self
+
+
+class Autoencoded(NamedTuple):
+    images: Tensor  # (B, 3, H, W), close to [-1, 1] but not clipped
+    codes: Tensor  # (B, Q, h, w) int64
+    bottleneck_loss: Tensor  # scalar
+
+
+class Autoencoder(nn.Module):
+    """Images to codes and back; `forward` is what training sees."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.trunk)
+        self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.latent_dim)
+        self.decoder = Decoder(config.trunk)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Autoencoder":
+        """The tokenizer in a folder written by `save_pretrained`, or of that name on the hub, in eval mode."""
+        folder = find_folder(folder)
+        model = cls(read_config(AutoencoderConfig, folder))
+        load_weights(model, folder)
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
+
+    def forward(self, images: Tensor) -> Autoencoded:
+        """(B, 3, H, W) in [-1, 1] -> reconstructions, codes, bottleneck loss."""
+        z = self.encoder(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
+        with torch.autocast(z.device.type, enabled=False):  # distances and running means want float32
+            bottlenecked = self.bottleneck(z.float())
+        return Autoencoded(self.decoder(bottlenecked.latents), bottlenecked.codes, bottlenecked.loss)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float in [-1, 1], sides divisible by `factor` -> codes (B, Q, h, w) int64."""
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.factor for side in images.shape[2:]):
+            raise InputError(
+                f"images must be (B, 3, H, W) with H and W divisible by {self.factor}, got {tuple(images.shape)}"
+            )
+        z = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        return self.bottleneck(z.float()).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, Q, h, w) int64 -> images (B, 3, H, W) float in [-1, 1]."""
+        if codes.ndim != 4 or codes.shape[1] != self.bottleneck.num_codebooks:
+            raise InputError(f"codes must be (B, {self.bottleneck.num_codebooks}, h, w), got {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise InputError(f"codes must be in [0, {self.codebook_size}), got {int(codes.min())} to {int(codes.max())}")
+        return self.decoder(self.bottleneck.lookup(codes)).clamp(-1, 1)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def factor(self) -> int:
+        return self.config.trunk.factor
+
+    @property
+    def codebook_size(self) -> int:
+        return self.bottleneck.codebook_size
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """(Q, h, w) of a picture of `image_size`."""
+        side = self.image_size // self.factor
+        return self.bottleneck.num_codebooks, side, side
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when codes come to mean something else: encoder weights and codebook (the decoder may be tuned on)."""
+        parts = [*self.encoder.state_dict().items()]
+        parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k == "codebook"]
+        return fingerprint(*(part for name, tensor in sorted(parts) for part in (name, tensor)))

@@ -1,0 +1,41 @@
+"""Bottlenecks: what sits between encoder and decoder, told apart by `type` in the config."""
+
+from typing import Annotated, Literal, assert_never
+
+from pydantic import Field
+
+from common.config import Config
+from stage1_tokenizer.bottlenecks.base import Bottleneck, Bottlenecked
+from stage1_tokenizer.bottlenecks.vq import VectorQuantizer
+from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
+
+__all__ = ["Bottleneck", "BottleneckConfig", "Bottlenecked", "VQConfig", "VQEMAConfig", "build_bottleneck"]
+
+
+class VQConfig(Config):
+    type: Literal["vq"] = "vq"
+    codebook_size: int = Field(1024, ge=2)  # K
+    beta: float = Field(0.25, ge=0)  # commitment weight
+    patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
+
+
+class VQEMAConfig(Config):
+    type: Literal["vq-ema"] = "vq-ema"
+    codebook_size: int = Field(1024, ge=2)  # K
+    beta: float = Field(0.25, ge=0)  # commitment weight
+    decay: float = Field(0.99, gt=0, lt=1)  # of the running means
+    patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
+
+
+BottleneckConfig = Annotated[VQConfig | VQEMAConfig, Field(discriminator="type")]
+
+
+def build_bottleneck(config: VQConfig | VQEMAConfig, dim: int) -> Bottleneck:
+    """The bottleneck of `config` for latents of `dim` channels."""
+    match config:
+        case VQConfig():
+            return VectorQuantizer(config.codebook_size, dim, config.beta, config.patience)
+        case VQEMAConfig():
+            return EMAVectorQuantizer(config.codebook_size, dim, config.beta, config.decay, config.patience)
+        case _:
+            assert_never(config)

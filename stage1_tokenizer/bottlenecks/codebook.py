@@ -1,0 +1,62 @@
+"""What codebooks share: nearest neighbours, the straight-through gradient, and the revival of unused codes."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """(N, D), (K, D) -> (N,) int64: the code with the least Euclidean distance; the lowest of equals."""
+    # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, and |v|^2 does not change which c is nearest
+    return (codebook.square().sum(1) - 2 * vectors @ codebook.T).argmin(1)
+
+
+def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized` with the gradient of `z` (Bengio et al. 2013)."""
+    return z + (quantized - z).detach()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class Revival(nn.Module):
+    """Finds codes that nothing has used for `patience` training steps and gives them vectors that occur.
+
+    Dead codes and their replacements are the same on all processes: usage is summed, replacements come from process 0.
+    `patience` 0 revives nothing.
+    """
+
+    unused_steps: Tensor
+    started: Tensor
+
+    def __init__(self, codebook_size: int, patience: int) -> None:
+        super().__init__()
+        self.patience = patience
+        self.register_buffer("unused_steps", torch.zeros(codebook_size, dtype=torch.int64), persistent=True)
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool), persistent=True)
+
+    @torch.no_grad()
+    def forward(self, used: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Usage counts (K,) over all processes, vectors (N, D) of this step -> dead codes (R,), their vectors (R, D).
+
+        At the first step every code is dead: the codebook starts from the data. From then on codes come back in the
+        order in which they died.
+        """
+        self.unused_steps += 1
+        self.unused_steps[used > 0] = 0
+        if not self.patience:
+            dead = self.unused_steps[:0]
+        elif not self.started:
+            dead = torch.arange(len(used), device=used.device)
+        else:
+            dead = (self.unused_steps >= self.patience).nonzero().flatten()
+        self.started.fill_(True)
+        self.unused_steps[dead] = 0
+        choice = torch.randint(len(vectors), (len(dead),)).to(vectors.device)
+        replacements = vectors[choice].clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(replacements, src=0)
+        return dead, replacements

@@ -1,0 +1,146 @@
+"""The convolutional trunk of VQGAN (Esser, Rombach, Ommer 2021, appendix; after Ho et al. 2020), encoder and decoder.
+
+Letters: B batch, C channels, H W pixels, h w latent grid, D latent channels. Deliberate differences from taming:
+`patch_size` > 1 folds pixels into channels before the first convolution (Shi et al. 2016), which saves the costliest
+level; encoder and decoder may have different numbers of blocks; attention sits at the deepest level and in the middle.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.config import Config
+
+
+class TrunkConfig(Config):
+    channels: int = Field(128, ge=8)  # width of the first level
+    multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)  # of the width, a level each
+    encoder_blocks: int = Field(2, ge=1)  # residual blocks a level
+    decoder_blocks: int = Field(3, ge=1)
+    attention: bool = True  # in the middle, on the latent grid
+    patch_size: int = Field(1, ge=1)  # side of the pixel blocks folded into channels
+    latent_dim: int = Field(256, ge=1)  # D
+    norm_groups: int = Field(32, ge=1)  # of the group norms; must divide every width
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side for one position of the latent grid."""
+        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.channels * multiplier for multiplier in self.multipliers]
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) in [-1, 1] -> (B, D, h, w), unbounded."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList()
+        width = widths[0]
+        for level, wide in enumerate(widths):
+            blocks = [ResidualBlock(width if i == 0 else wide, wide, config) for i in range(config.encoder_blocks)]
+            down = [Downsample(wide)] if level < len(widths) - 1 else []
+            self.levels.append(nn.Sequential(*blocks, *down))
+            width = wide
+        self.middle = middle(width, config)
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, config.latent_dim, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """(B, D, h, w) -> (B, 3, H, W), close to [-1, 1] but not clipped."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        width = widths[-1]
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(config.latent_dim, width, 3, padding=1)
+        self.middle = middle(width, config)
+        self.levels = nn.ModuleList()
+        for level, wide in reversed(list(enumerate(widths))):
+            blocks = [ResidualBlock(width if i == 0 else wide, wide, config) for i in range(config.decoder_blocks)]
+            up = [Upsample(wide)] if level > 0 else []
+            self.levels.append(nn.Sequential(*blocks, *up))
+            width = wide
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 3 * config.patch_size**2, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            x = level(x)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+
+def middle(width: int, config: TrunkConfig) -> nn.Sequential:
+    """Residual block, attention, residual block at the resolution of the codes."""
+    attention = [SelfAttention(width, config)] if config.attention else []
+    return nn.Sequential(ResidualBlock(width, width, config), *attention, ResidualBlock(width, width, config))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, config: TrunkConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_groups, width_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class SelfAttention(nn.Module):
+    """One head over all positions, added to the input."""
+
+    def __init__(self, width: int, config: TrunkConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three c) h w -> three b 1 (h w) c", three=3).unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(mixed, "b 1 (h w) c -> b c h w", h=height))
+
+
+class Downsample(nn.Module):
+    """Halves the sides; zeros are padded right and bottom only, as in taming."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides, nearest neighbour and a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

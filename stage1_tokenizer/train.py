@@ -1,0 +1,130 @@
+"""Trains an image tokenizer: `tessera train tokenizer RECIPE.yaml` (VQGAN, Esser et al. 2021, section 3.1)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from common.config import Config, read_recipe
+from common.data import DataConfig, ImageFolder, Steps
+from common.metrics import perplexity, psnr
+from common.training import OptimizerConfig, Run, RunConfig
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.losses.adversarial import (
+    PatchDiscriminator,
+    frozen,
+    gradient_ratio,
+    hinge_discriminator,
+    hinge_generator,
+)
+from stage1_tokenizer.losses.perceptual import PerceptualConfig, build_perceptual
+
+
+class LossConfig(Config):
+    l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(1.0, ge=0)
+    perceptual: PerceptualConfig | None = None
+    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_from: int = Field(0, ge=0)  # the step at which it joins
+    adversarial_weight: float = Field(0.5, ge=0)  # on top of the ratio of gradient norms; 0 for no discriminator
+    adversarial_from: int = Field(10_000, ge=0)  # the step at which the discriminator joins; before, it changes nothing
+    discriminator_channels: int = Field(64, ge=8, multiple_of=8)
+    discriminator_depth: int = Field(3, ge=1)
+
+
+class TokenizerRecipe(Config):
+    data: DataConfig
+    model: AutoencoderConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.5, 0.9))
+    run: RunConfig
+
+
+def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
+    """Trains the tokenizer of a recipe, or goes on with it; returns the folder of the result."""
+    recipe = read_recipe(TokenizerRecipe, recipe_path, overrides)
+    data = ImageFolder(recipe.data.folder, recipe.model.image_size, recipe.data.split)
+    validation = ImageFolder(
+        recipe.data.folder, recipe.model.image_size, recipe.data.validation_split or recipe.data.split
+    )
+    torch.manual_seed(recipe.run.seed)
+    bare = Autoencoder(recipe.model)
+    bare_discriminator = PatchDiscriminator(recipe.loss.discriminator_channels, recipe.loss.discriminator_depth)
+
+    run = Run(recipe.run, recipe)
+    autoencoder = run.prepare("autoencoder", bare)
+    discriminator = run.prepare("discriminator", bare_discriminator, compile=False)
+    average = run.averaged("average", bare)
+    optimizers = run.optimizers("optimizer", bare, recipe.optimizer)
+    discriminator_optimizers = run.optimizers(
+        "discriminator_optimizer", bare_discriminator, recipe.discriminator_optimizer
+    )
+    perceptual = build_perceptual(recipe.loss.perceptual).to(run.device) if recipe.loss.perceptual else None
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    folder = run.folder / "model"
+
+    for batch in run.batches(Steps(data, recipe.run.batch_size, recipe.run.seed, rank, world)):
+        images = batch.images.to(run.device)  # (B, 3, H, W) in [-1, 1]
+        adversarial = recipe.loss.adversarial_weight > 0 and run.step >= recipe.loss.adversarial_from
+
+        # The autoencoder learns to reconstruct and, later on, to fool the discriminator.
+        with run.autocast():
+            output = autoencoder(images)
+        reconstruction = pixel_loss(output.images, images, recipe.loss)
+        if perceptual is not None and run.step >= recipe.loss.perceptual_from:
+            with run.autocast():
+                distance = perceptual(output.images, images)
+            reconstruction = reconstruction + recipe.loss.perceptual_weight * distance
+            run.log(perceptual=distance)
+        loss = reconstruction + output.bottleneck_loss
+        if adversarial:
+            with frozen(bare_discriminator), run.autocast():
+                fooling = hinge_generator(discriminator(output.images))
+            balance = gradient_ratio(reconstruction, fooling, at=bare.decoder.conv_out.weight)
+            loss = loss + recipe.loss.adversarial_weight * balance * fooling
+            run.log(balance=balance, fooling=fooling)
+        run.update(optimizers, loss)
+        average.update_parameters(bare)
+
+        # The discriminator learns to tell reconstructions from real images.
+        if adversarial:
+            with run.autocast():
+                real, fake = discriminator(images), discriminator(output.images.detach())
+            discriminator_loss = hinge_discriminator(real, fake)
+            run.update(discriminator_optimizers, discriminator_loss)
+            run.log(discriminator=discriminator_loss)
+
+        run.log(
+            loss=loss,
+            bottleneck=output.bottleneck_loss,
+            psnr=psnr(output.images.detach(), images).mean(),
+            perplexity=perplexity(output.codes.flatten().bincount(minlength=bare.codebook_size)),
+        )
+        if run.due_after(recipe.run.sample_every) and run.is_main:
+            exported = average.module
+            assert isinstance(exported, Autoencoder)
+            _sample(run, exported, validation)
+            exported.save_pretrained(folder, dtype=torch.float16)
+    return folder
+
+
+def pixel_loss(images: Tensor, reference: Tensor, config: LossConfig) -> Tensor:
+    """Weighted sum of mean absolute and mean squared differences."""
+    images, reference = images.float(), reference.float()
+    return config.l1_weight * F.l1_loss(images, reference) + config.l2_weight * F.mse_loss(images, reference)
+
+
+def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None:
+    """Figures on up to 256 validation pictures, and some of them above their reconstructions."""
+    autoencoder.eval()
+    wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
+    images = torch.stack([validation.image(i) for i in wanted]).to(run.device)
+    codes = torch.cat([autoencoder.encode(part) for part in images.split(64)])
+    decoded = torch.cat([autoencoder.decode(part) for part in codes.split(64)])
+    run.log_now(**{"validation/psnr": float(psnr(decoded, images).mean())})
+    shown = [pair for i in range(0, min(256, len(images)), 16) for pair in (images[i], decoded[i])]
+    labels = [label for i in range(len(shown) // 2) for label in ("image", "reconstruction")]
+    run.save_pictures("reconstructions", torch.stack(shown), labels)

@@ -1,0 +1,39 @@
+"""Trains the byte-level BPE text tokenizer on the captions of a data folder: `tessera train text-tokenizer`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import Field
+
+from common.config import Config, read_recipe
+from common.data import DataConfig, Item, read_items
+from common.errors import InputError
+from common.text import TextTokenizer
+
+
+class TextRecipe(Config):
+    data: DataConfig
+    vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    output: Path
+
+
+def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
+    """Trains and saves the text tokenizer of a recipe; returns its folder."""
+    recipe = read_recipe(TextRecipe, recipe_path, overrides)
+    items = read_items(recipe.data.folder, recipe.data.split)
+    if not any(item.captions for item in items):
+        raise InputError(f"{recipe.data.folder} has pictures but no captions to train a text tokenizer on")
+    tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size)
+    tokenizer.save_pretrained(recipe.output)
+    lengths = sorted(len(tokenizer.encode(caption)) for caption in _captions(items))
+    print(
+        f"{recipe.output}: {tokenizer.vocab_size} tokens; captions have {lengths[len(lengths) // 2]} tokens in the "
+        f"median, {lengths[int(len(lengths) * 0.99)]} at the 99th percentile, {lengths[-1]} at most",
+        file=sys.stderr,
+    )
+    return recipe.output
+
+
+def _captions(items: list[Item]) -> Iterator[str]:
+    return (caption for item in items for caption in item.captions)

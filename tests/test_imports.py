@@ -1,0 +1,93 @@
+"""The house keeps its order: imports flow from common down to pipelines and never up (DESIGN, section 1)."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = ("common", "stage1_tokenizer", "stage2_prior", "rerank", "pipelines")
+OUTSIDE = ("tests", "recipes", "benchmarks")  # not in the wheel, so nothing in the wheel may import them
+OPENS_TOKENIZER = ("train.py", "encode.py", "finetune.py", "convert/")  # what of stage 2 may see images
+
+
+def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in `source`, also inside functions; relative ones resolved in `package`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield node.lineno, module
+
+
+def complaints(path: str, source: str) -> list[str]:
+    """One sentence for each import of the file `path` (relative to the root) that goes the wrong way."""
+    home, *inside = Path(path).parts
+    found = []
+    for line, name in imported(source, ".".join(Path(path).parts[:-1])):
+        target = name.split(".")[0]
+        if target in OUTSIDE:
+            found.append(f"{path}:{line} imports {name}, but {target}/ is not part of the installed package.")
+        elif target in ORDER and ORDER.index(target) > ORDER.index(home):
+            found.append(f"{path}:{line} imports {name}, but {home} may not know {target}: imports flow down only.")
+        elif home == "stage2_prior" and target == "stage1_tokenizer" and not _may_open_tokenizer("/".join(inside)):
+            found.append(
+                f"{path}:{line} imports {name}, but stage 2's model code knows codes, not images; "
+                f"only {', '.join(OPENS_TOKENIZER)} open a tokenizer."
+            )
+    return found
+
+
+def _may_open_tokenizer(inside: str) -> bool:
+    return any(inside.startswith(name) if name.endswith("/") else inside == name for name in OPENS_TOKENIZER)
+
+
+@pytest.mark.parametrize("home", ORDER)
+def test_imports_flow_down(home: str) -> None:
+    files = sorted((ROOT / home).rglob("*.py"))
+    assert files, f"{home}/ holds no Python file."
+    found = [
+        sentence for path in files for sentence in complaints(str(path.relative_to(ROOT)), path.read_text("utf-8"))
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("common/data.py", "import rerank"),
+        ("common/data.py", "def f():\n    from stage1_tokenizer.train import train"),
+        ("stage1_tokenizer/losses/lpips.py", "import torch, rerank.clip as clip"),
+        ("stage1_tokenizer/train.py", "from pipelines import TextToImagePipeline"),
+        ("stage2_prior/transformer.py", "from stage1_tokenizer import Autoencoder"),
+        ("stage2_prior/sampling/train.py", "import stage1_tokenizer"),
+        ("rerank/clip.py", "import pipelines.bundle"),
+        ("pipelines/cli.py", "from tests.conftest import tiny_bundle"),
+    ],
+)
+def test_an_upward_import_is_found(path: str, source: str) -> None:
+    (sentence,) = complaints(path, source)
+    assert sentence.startswith(path) and sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("common/data.py", "import torch\nfrom common.errors import InputError"),
+        ("stage2_prior/encode.py", "from stage1_tokenizer import Autoencoder"),
+        ("stage2_prior/convert/llamagen.py", "from stage1_tokenizer import Autoencoder"),
+        ("rerank/similarity.py", "from stage1_tokenizer import Autoencoder\nfrom stage2_prior import load_prior"),
+        ("stage1_tokenizer/bottlenecks/vq.py", "from .base import Bottleneck\nfrom ..losses import gan"),
+        ("pipelines/cli.py", "import rerank.train, common.data"),
+    ],
+)
+def test_a_downward_import_is_fine(path: str, source: str) -> None:
+    assert complaints(path, source) == []
+
+
+def test_relative_imports_are_resolved() -> None:
+    source = "from . import a\nfrom .b import c\nfrom .. import d\nfrom ..e import f"
+    assert [name for _, name in imported(source, "x.y")] == ["x.y", "x.y.b", "x", "x.e"]
