@@ -60,7 +60,11 @@ class TextTokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         with new_folder(folder) as part:
-            self._tokenizer.save(str(part / FILE))
+            self.save_into(part)
+
+    def save_into(self, folder: str | Path) -> None:
+        """Adds `tokenizer.json` to a folder that exists."""
+        self._tokenizer.save(str(Path(folder) / FILE))
 
     @property
     def vocab_size(self) -> int:

@@ -275,7 +275,7 @@ class Run:
 
     def _stop_not_finite(self, loss: Tensor, norm: Tensor) -> None:
         raise TrainingError(
-            f"step {self.step}: the loss is {float(loss):.4g} and its gradient norm {float(norm):.4g}, not finite; "
+            f"step {self.step}: the loss is {loss.item():.4g} and its gradient norm {norm.item():.4g}, not finite; "
             f"the checkpoints in {self.folder / 'checkpoints'} are from before: "
             "lower optimizer.learning_rate or use run.precision=float32, and start again"
         )

@@ -39,6 +39,7 @@ app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")]
+BUNDLE = "A shipped bundle, a bundle's folder, or a hub name."
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
 
 
@@ -97,11 +98,69 @@ def _top(
 
 
 @app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several are fine.")
+    ] = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", help="JSONL file with more prompts.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option("-n", "--num-images", help="Pictures to keep of each prompt.  [default: 4]")
+    ] = None,
+    num_candidates: Annotated[int, typer.Option("--candidates", help="Pictures to choose them from.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the first candidate; the next ones count up.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
+    model: Annotated[str | None, typer.Option(help=f"{BUNDLE}  [default: emoji]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Below 1 safer, above 1 wilder.  [default: bundle's]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the k likeliest codes; 0 for all.  [default: bundle's]")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest share p.  [default: bundle's]")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Faith to the prompt; 1 is none.  [default: bundle's]")
+    ] = None,
+    rerank: Annotated[
+        bool, typer.Option("--rerank/--no-rerank", help="Order the pictures by how well they fit.")
+    ] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU when there is one.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Draw this PNG of ours again, instead of a prompt.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw candidates for a prompt and write the best, with a contact sheet of all, as PNG files."""
+    from pipelines import generate as generating
+
+    if replay is not None:
+        if prompts or prompts_file:
+            raise InputError("--replay draws what the picture remembers; leave the prompts out")
+        _show_replayed(generating.replay(replay, output, model=model, device=device), as_json)
+        return
+    texts = [*(prompts or []), *(generating.read_prompts(prompts_file) if prompts_file else [])]
+    if not texts:
+        raise InputError("there is nothing to draw; give a prompt, --prompts FILE.jsonl, or --replay PICTURE.png")
+    report = generating.generate(
+        texts,
+        output,
+        model=model or "emoji",
+        num_images=num_images,
+        num_candidates=num_candidates,
+        seed=seed,
+        rerank=rerank,
+        device=device,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+    )
+    _show_generated(report, as_json)
+
+
+@app.command()
 def rerank(
     prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
     images: Annotated[list[Path], typer.Argument(help="Picture files.")],
     model: Annotated[
-        str, typer.Option(help="A reranker's or a bundle's folder, a shipped bundle, or a model name of open_clip.")
+        str, typer.Option(help="Folder of a reranker or a bundle, a shipped bundle, or an open_clip model.")
     ] = "emoji",
     weights: Annotated[str | None, typer.Option(help="Weights of an open_clip model: a tag or a file.")] = None,
     as_json: AsJson = False,
@@ -112,10 +171,11 @@ def rerank(
     start = time.perf_counter()
     ranked = rank(prompt, images, model, weights)
     if as_json:
-        _print_json({"prompt": prompt, "model": model, "results": [r._asdict() for r in ranked]})
+        _print_json({"prompt": prompt, "model": model, "results": [place._asdict() for place in ranked]})
     else:
-        _print_table([{"rank": r.rank, "score": f"{r.score:.4f}", "image": r.image} for r in ranked])
-    _say_rate(len(ranked), time.perf_counter() - start)
+        _print_table([{"rank": p.rank, "score": f"{p.score:.4f}", "image": p.image} for p in ranked])
+    seconds = time.perf_counter() - start
+    _say(f"{len(ranked)} images in {seconds:.1f} s, {len(ranked) / seconds:.1f} images per second")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -140,7 +200,7 @@ def train(part: Trainable, recipe: Recipe, overrides: Overrides = None) -> None:
             from rerank.train import train as run
         case Trainable.text_tokenizer:
             from stage2_prior.train_text import train as run
-    run(recipe, overrides or [])
+    print(run(recipe, overrides or []))
 
 
 @app.command()
@@ -148,7 +208,7 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Turn a data folder into codes once, which is what a prior trains on."""
     from stage2_prior.encode import encode as run
 
-    run(recipe, overrides or [])
+    print(run(recipe, overrides or []))
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -170,9 +230,14 @@ def evaluate_tokenizer(
 @evaluate_app.command("pipeline")
 def evaluate_pipeline(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Draw the prompts of a recipe and have its judge say how many pictures are right."""
-    from pipelines.evaluate import evaluate
+    from pipelines.evaluate_recipe import evaluate_recipe
 
-    _print_report(evaluate(recipe, overrides or []), as_json)
+    evaluated = evaluate_recipe(recipe, overrides or [])
+    if as_json:
+        _print_json(evaluated.figures)
+    else:
+        print(evaluated.table)
+        print(f"more in {evaluated.figures['output']}")
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -202,7 +267,64 @@ def info(
     _print_report(describe(folder), as_json)
 
 
+@app.command()
+def bundle(
+    out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
+    image_tokenizer: Annotated[str, typer.Option(help="Folder of a trained tokenizer.")],
+    prior: Annotated[str, typer.Option(help="Folder of a prior trained on its codes.")],
+    text_tokenizer: Annotated[str, typer.Option(help="Folder of the text tokenizer that the prior reads with.")],
+    reranker: Annotated[str | None, typer.Option(help="Folder of a reranker, in open_clip's layout.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="What pictures are drawn with unless told otherwise.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+) -> None:
+    """Put trained parts together into one folder that draws, and check that they belong together."""
+    from common.config import validate
+    from pipelines.bundle import assemble_bundle
+    from stage2_prior import Sampling
+
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    assemble_bundle(
+        out,
+        image_tokenizer=image_tokenizer,
+        prior=prior,
+        text_tokenizer=text_tokenizer,
+        reranker=reranker,
+        sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
+    )
+    print(out)
+
+
 # Printing -------------------------------------------------------------------------------------------------------------
+
+
+def _show_generated(report: Any, as_json: bool) -> None:
+    """Where the pictures of a `pipelines.generate.Report` are, and how long they took."""
+    if as_json:
+        drawn = [{**one._asdict(), "images": [picture._asdict() for picture in one.images]} for one in report.prompts]
+        _print_json({**report._asdict(), "prompts": drawn})
+        return
+    for one in report.prompts:
+        print(one.prompt)
+        scores = ["-" if picture.score is None else f"{picture.score:.3f}" for picture in one.images]
+        rows = zip(one.images, scores, strict=True)
+        _print_table([{"score": score, "seed": picture.seed, "picture": picture.path} for picture, score in rows])
+        if one.sheet is not None:
+            print(f"all candidates: {one.sheet}")
+        print()
+    rate = f"{report.images_per_second:.2f} images per second"
+    _say(f"{report.candidates} images in {report.seconds:.1f} s with loading and writing, {rate} once loaded")
+
+
+def _show_replayed(replayed: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(replayed._asdict())
+        return
+    print(replayed.path)
+    _say(f"{'equal' if replayed.identical else 'NOT equal'} to the picture, drawn in {replayed.seconds:.1f} s")
 
 
 def _print_json(content: object) -> None:
@@ -248,8 +370,8 @@ def _readable(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _say_rate(images: int, seconds: float) -> None:
-    print(f"{images} images in {seconds:.1f} s, {images / seconds:.1f} images per second", file=sys.stderr)
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         if run.due_after(recipe.run.sample_every) and run.is_main:
             reranker = clip.with_model(average.module)
             run.log_now(**{"validation/retrieval": retrieval(reranker, validation, recipe.run.seed)})
-            reranker.save_pretrained(folder)
+            reranker.save_pretrained(folder, dtype=torch.float16)
     return folder
 
 

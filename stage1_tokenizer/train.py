@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
@@ -30,6 +30,7 @@ class LossConfig(Config):
     perceptual_from: int = Field(0, ge=0)  # the step at which it joins
     adversarial_weight: float = Field(0.5, ge=0)  # on top of the ratio of gradient norms; 0 for no discriminator
     adversarial_from: int = Field(10_000, ge=0)  # the step at which the discriminator joins; before, it changes nothing
+    decoder_only_from: int | None = Field(None, ge=0)  # from this step codes stay what they are and the decoder learns
     discriminator_channels: int = Field(64, ge=8, multiple_of=8)
     discriminator_depth: int = Field(3, ge=1)
 
@@ -68,6 +69,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
     for batch in run.batches(Steps(data, recipe.run.batch_size, recipe.run.seed, rank, world)):
         images = batch.images.to(run.device)  # (B, 3, H, W) in [-1, 1]
+        if recipe.loss.decoder_only_from is not None and run.step >= recipe.loss.decoder_only_from:
+            fix_codes(bare, average.module if run.step == recipe.loss.decoder_only_from else None)
         adversarial = recipe.loss.adversarial_weight > 0 and run.step >= recipe.loss.adversarial_from
 
         # The autoencoder learns to reconstruct and, later on, to fool the discriminator.
@@ -109,6 +112,18 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             _sample(run, exported, validation)
             exported.save_pretrained(folder, dtype=torch.float16)
     return folder
+
+
+def fix_codes(autoencoder: Autoencoder, averaged: nn.Module | None) -> None:
+    """Ends the learning of encoder and codebook, at the averaged encoder if one is given.
+
+    A prior can then be trained on the codes of the weights exported so far while the decoder learns on.
+    """
+    if averaged is not None:
+        assert isinstance(averaged, Autoencoder)
+        autoencoder.encoder.load_state_dict(averaged.encoder.state_dict())
+    autoencoder.encoder.requires_grad_(False)
+    autoencoder.bottleneck.eval().requires_grad_(False)
 
 
 def pixel_loss(images: Tensor, reference: Tensor, config: LossConfig) -> Tensor:

@@ -1,0 +1,7 @@
+"""Stage 2: condition -> codes."""
+
+from stage2_prior.load import load_prior
+from stage2_prior.sampling import Sampling, sample
+from stage2_prior.transformer import GPTConfig, GPTPrior
+
+__all__ = ["GPTConfig", "GPTPrior", "Sampling", "load_prior", "sample"]

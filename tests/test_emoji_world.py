@@ -27,8 +27,9 @@ from captions import (  # noqa: E402
 )
 from glyphs import DEFAULT_FONT, base_of, load_items  # noqa: E402
 from split import background_held_out, genders_held_out, pair_held_out, position_held_out, role_of  # noqa: E402
-from world import (  # noqa: E402  # noqa: E402
+from world import (  # noqa: E402
     BESIDE,
+    CORNERS,
     SHARES,
     Scene,
     World,
@@ -75,11 +76,7 @@ def test_nothing_held_out_is_trained_on(world: World, trained: list[Scene]) -> N
         if scene.background:
             assert not background_held_out(bases[0], scene.background)
         if scene.kind == "small":
-            place = next(
-                p
-                for p in ("top left", "top right", "bottom left", "bottom right", "center")
-                if small_box(p) == scene.glyphs[0][1]
-            )
+            place = next(place for place in CORNERS if small_box(place) == scene.glyphs[0][1])
             assert not position_held_out(bases[0], place)
         if scene.kind == "pair":
             assert not pair_held_out(*bases)

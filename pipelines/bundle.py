@@ -1,0 +1,280 @@
+"""Bundles: a folder with all that turns a prompt into ranked pictures.
+
+    model_index.json        what belongs together: a fingerprint for each part and each file, default sampling settings
+    image_tokenizer/        config.json, model.safetensors
+    text_tokenizer/         tokenizer.json
+    prior/                  config.json, model.safetensors
+    reranker/               open_clip's `local-dir` layout; may be absent
+
+Each part loads alone. Loading the whole compares every file with the index first, so that a missing, truncated or
+swapped one is a sentence with its name, and then what the prior says it was trained on with what is there.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import ConfigDict, Field
+
+from common.config import Config, validate
+from common.errors import InputError, nearest
+from common.text import TextTokenizer
+from common.weights import find_folder, fingerprint, new_folder, write_json
+from rerank.clip import WEIGHT_FILE, ClipReranker
+from stage1_tokenizer import Autoencoder
+from stage2_prior import GPTPrior, Sampling, load_prior
+
+INDEX = "model_index.json"
+SHIPPED = Path(__file__).parent / "bundles"
+PARTS = ("image_tokenizer", "text_tokenizer", "prior", "reranker")
+SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # of the files of a part; the last two are of foreign tokenizers
+
+
+class Fingerprints(Config):
+    """Of what the parts agree on, as each part computes it."""
+
+    image_tokenizer: str  # encoder and codebook; the prior's config names it too
+    text_tokenizer: str  # merges; the prior's config names it too
+    reranker: str | None  # weights, tokenizer and preprocessing
+
+
+class BundleIndex(Config):
+    """The content of `model_index.json`."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    class_name: Literal["TextToImagePipeline"] = Field("TextToImagePipeline", alias="_class_name")
+    tessera_version: str = Field(alias="_tessera_version")
+    fingerprints: Fingerprints
+    files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
+    sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
+
+
+class Bundle(NamedTuple):
+    image_tokenizer: Autoencoder
+    prior: GPTPrior
+    reranker: ClipReranker | None
+    sampling: Sampling
+    fingerprint: str
+
+
+def load_bundle(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    rerank: bool = True,
+) -> Bundle:
+    """All parts of the bundle `name` (see `find_bundle`), in eval mode; without the reranker if `rerank` is False.
+
+    Raises InputError when a file is missing, truncated or swapped, or when parts do not fit together.
+    """
+    folder = find_bundle(name)
+    index = read_index(folder)
+    check_files(folder, index)
+    image_tokenizer = Autoencoder.from_pretrained(folder / "image_tokenizer")
+    prior = load_prior(folder / "prior", TextTokenizer.from_pretrained(folder / "text_tokenizer"))
+    _check_pair(image_tokenizer, prior, folder / "image_tokenizer", folder / "prior")
+    reranker = None
+    if rerank and index.fingerprints.reranker is not None:
+        reranker = ClipReranker.from_pretrained(folder / "reranker", device=device, dtype=dtype)
+    image_tokenizer.to(device=device, dtype=dtype)
+    prior.to(device=device, dtype=dtype)
+    return Bundle(image_tokenizer, prior, reranker, index.sampling, _fingerprint(index))
+
+
+def find_bundle(name: str | Path) -> Path:
+    """The folder of a bundle: a folder that is one, a bundle shipped with the package, or a download from the hub.
+
+    A folder of that name that is not a bundle does not hide a shipped one. Raises InputError when there is none.
+    """
+    folder = Path(name)
+    if (folder / INDEX).is_file():
+        return folder
+    shipped = shipped_bundles()
+    if str(name) in shipped:
+        return SHIPPED / str(name)
+    if folder.is_dir():
+        raise InputError(f"{folder} is not a bundle, it has no {INDEX}; shipped bundles are {_list(shipped)}")
+    if "/" not in str(name):
+        hint = nearest(str(name), shipped) if shipped else "; the package ships none"
+        raise InputError(
+            f"there is no bundle '{name}', neither shipped nor as a folder{hint.replace('known', 'shipped')}"
+        )
+    folder = find_folder(name)
+    if not (folder / INDEX).is_file():
+        raise InputError(f"the hub's '{name}' is not a bundle, it has no {INDEX}; shipped bundles are {_list(shipped)}")
+    return folder
+
+
+def shipped_bundles() -> list[str]:
+    """Names of the bundles inside the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{INDEX}"))
+
+
+def bundle_fingerprint(name: str | Path) -> str:
+    """Changes when the pictures of a seed do: all files but the reranker's, which only orders them."""
+    return _fingerprint(read_index(find_bundle(name)))
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def assemble_bundle(
+    out: str | Path,
+    *,
+    image_tokenizer: str | Path,
+    prior: str | Path,
+    text_tokenizer: str | Path,
+    reranker: str | Path | None = None,
+    sampling: Sampling | None = None,
+) -> Path:
+    """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
+
+    An older bundle at `out` is replaced. Raises InputError when a part is broken, when parts do not fit together, or
+    when `out` is a folder with something else in it.
+    """
+    out = Path(out)
+    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle; give a new folder")
+    folders = {"image_tokenizer": image_tokenizer, "text_tokenizer": text_tokenizer, "prior": prior}
+    folders |= {} if reranker is None else {"reranker": reranker}
+    found = {part: find_folder(source) for part, source in folders.items()}
+    fingerprints = _check_parts(found)
+    with new_folder(out) as new:
+        for part, source in found.items():
+            _copy_part(part, source, new / part)
+        index = BundleIndex(
+            tessera_version=tessera_version(),
+            fingerprints=fingerprints,
+            files={path.relative_to(new).as_posix(): file_hash(path) for path in sorted(new.glob("*/*"))},
+            sampling=sampling or Sampling(),
+        )
+        write_json(new / INDEX, index.model_dump(by_alias=True))
+    return out
+
+
+def save_bundle(
+    out: str | Path,
+    image_tokenizer: Autoencoder,
+    prior: GPTPrior,
+    reranker: ClipReranker | None = None,
+    sampling: Sampling | None = None,
+) -> Path:
+    """Writes the parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
+    if prior.text_tokenizer is None:
+        raise InputError("the prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        image_tokenizer.save_pretrained(folder / "image_tokenizer")
+        prior.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        prior.save_pretrained(folder / "prior")
+        if reranker is not None:
+            reranker.save_pretrained(folder / "reranker")
+        return assemble_bundle(
+            out,
+            image_tokenizer=folder / "image_tokenizer",
+            text_tokenizer=folder / "text_tokenizer",
+            prior=folder / "prior",
+            reranker=folder / "reranker" if reranker is not None else None,
+            sampling=sampling,
+        )
+
+
+def _check_parts(folders: dict[str, Path]) -> Fingerprints:
+    """Loads every part, so that a bundle is never made of broken ones. Raises InputError."""
+    text = TextTokenizer.from_pretrained(folders["text_tokenizer"])
+    images = Autoencoder.from_pretrained(folders["image_tokenizer"])
+    _check_pair(images, load_prior(folders["prior"], text), folders["image_tokenizer"], folders["prior"])
+    reranker = None
+    if "reranker" in folders:
+        reranker = ClipReranker.from_pretrained(folders["reranker"]).fingerprint
+        if not (folders["reranker"] / WEIGHT_FILE).is_file():
+            raise InputError(f"{folders['reranker']} has no {WEIGHT_FILE}; write it with ClipReranker.save_pretrained")
+    return Fingerprints(image_tokenizer=images.fingerprint, text_tokenizer=text.fingerprint, reranker=reranker)
+
+
+def _copy_part(part: str, source: Path, target: Path) -> None:
+    """Copies the files that a part loads from. The prior's own copy of the text tokenizer stays behind."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        duplicate = part == "prior" and path.name == "tokenizer.json"
+        if path.is_file() and path.suffix in SUFFIXES and not path.name.startswith(".") and not duplicate:
+            shutil.copyfile(path, target / path.name)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def read_index(folder: Path) -> BundleIndex:
+    """`folder/model_index.json`. Raises InputError when it is missing, broken or names files outside the bundle."""
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); restore the file, or assemble the bundle again"
+        ) from None
+    index = validate(BundleIndex, content, where=str(path))
+    for name in index.files:
+        parts = PurePosixPath(name).parts
+        if len(parts) != 2 or parts[0] not in PARTS or parts[1] == "..":
+            raise InputError(f"{path}: '{name}' is not a file of a part; restore the index")
+    return index
+
+
+def check_files(folder: Path, index: BundleIndex) -> None:
+    """Raises InputError for the first file that is missing or is not the one the bundle was assembled with."""
+    way_out = "restore the file, or assemble the bundle again"
+    for name, expected in index.files.items():
+        part, path = name.split("/")[0].replace("_", " "), folder / name
+        if not path.is_file():
+            raise InputError(f"the {part} of the bundle is incomplete, {path} is missing; {way_out}")
+        if file_hash(path) != expected:
+            raise InputError(
+                f"the {part} of the bundle is damaged or swapped, {path} is not what it was assembled with; {way_out}"
+            )
+
+
+def _check_pair(image_tokenizer: Autoencoder, prior: GPTPrior, tokenizer_folder: Path, prior_folder: Path) -> None:
+    """Raises InputError unless the prior draws codes that the image tokenizer decodes (load_prior checks the text)."""
+    expected = prior.config.image_tokenizer_fingerprint
+    if expected not in ("", image_tokenizer.fingerprint):
+        raise InputError(
+            f"the prior in {prior_folder} was trained on codes of image tokenizer {expected}, but {tokenizer_folder} "
+            f"is {image_tokenizer.fingerprint}; put those together that belong together, or train the prior again"
+        )
+    draws = (*prior.config.code_shape, prior.codebook_size)
+    decodes = (*image_tokenizer.code_shape, image_tokenizer.codebook_size)
+    if draws != decodes:
+        raise InputError(
+            f"the prior in {prior_folder} draws {prod(draws[:3])} codes of {draws[3]}, but {tokenizer_folder} decodes "
+            f"{prod(decodes[:3])} codes of {decodes[3]}; put those together that belong together"
+        )
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def tessera_version() -> str:
+    try:
+        return version("tessera")
+    except PackageNotFoundError:  # run from the sources
+        return "unknown"
+
+
+def _fingerprint(index: BundleIndex) -> str:
+    drawing = [(name, value) for name, value in sorted(index.files.items()) if not name.startswith("reranker/")]
+    return fingerprint(*(part for pair in drawing for part in pair))
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "(none)"

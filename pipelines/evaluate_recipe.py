@@ -1,0 +1,81 @@
+"""`tessera evaluate pipeline RECIPE.yaml`: a bundle, a list of prompts, the judge's references, and how to draw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from common.config import Config, read_recipe
+from common.errors import InputError
+from pipelines.bundle import find_bundle, read_index
+from pipelines.evaluate import Draw, as_json, evaluate_pipeline, table
+from pipelines.judge import Judge, read_requests
+from pipelines.text_to_image import TextToImagePipeline
+from stage2_prior import Sampling
+
+
+class EvaluationRecipe(Config):
+    model: str = "emoji"  # a shipped bundle, a folder, or a hub name
+    prompts: Path  # JSON lines: prompt, split, regions, background
+    references: Path  # the judge's: every glyph with its name, as recipes/emoji/prepare.py writes them
+    output: Path
+    num_candidates: int = Field(16, ge=1)  # drawn and ranked for each prompt
+    seed: int = Field(0, ge=0)  # of the first candidate of every prompt
+    sampling: dict[str, float | None] = {}  # changes to the bundle's settings
+    batch_size: int = Field(4, ge=1)  # prompts drawn together
+    limit: int | None = Field(None, ge=1)  # prompts of each split, evenly spaced; all of them when None
+    device: str | None = None
+
+
+class Evaluated(NamedTuple):
+    figures: dict[str, Any]
+    table: str  # the same for people
+
+
+def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None) -> Evaluated:
+    """Draws and judges the prompts of a recipe, or goes on with it; `output` also receives pictures of failures.
+
+    Raises InputError for a wrong recipe, a bundle without a reranker, or an `output` begun with other settings.
+    """
+    recipe = read_recipe(EvaluationRecipe, recipe_path, overrides)
+    requests, judge = read_requests(recipe.prompts), Judge(recipe.references)
+    index = read_index(find_bundle(recipe.model))
+    pipeline = TextToImagePipeline.from_pretrained(recipe.model, device=recipe.device)
+    if pipeline.reranker is None:
+        raise InputError(f"the bundle {recipe.model} has no reranker, so there is no choice to measure; add one")
+    sampling = pipeline.settings(**recipe.sampling)
+    evaluation = evaluate_pipeline(
+        drawing_with(pipeline, recipe.num_candidates, sampling),
+        requests,
+        judge,
+        recipe.output,
+        settings={
+            "bundle": pipeline.fingerprint,
+            "reranker": index.fingerprints.reranker,
+            "num_candidates": recipe.num_candidates,
+            "sampling": sampling.model_dump(),
+        },
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        limit=recipe.limit,
+    )
+    return Evaluated({**as_json(evaluation), "output": str(recipe.output)}, table(evaluation))
+
+
+def drawing_with(pipeline: TextToImagePipeline, num_candidates: int, sampling: Sampling) -> Draw:
+    """The pipeline as `evaluate_pipeline` wants it: prompts -> images (P, N, 3, H, W) uint8 and scores (P, N)."""
+    settings = {**sampling.model_dump(), "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
+
+    def draw(prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+        drawn = pipeline(
+            prompts, num_images_per_prompt=num_candidates, num_candidates=num_candidates, seed=seed, **settings
+        )
+        pixels = np.stack([np.asarray(image) for image in drawn.images])  # (P·N, H, W, 3)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).unflatten(0, (len(prompts), num_candidates))
+        return images, torch.tensor(drawn.scores).view(len(prompts), num_candidates)
+
+    return draw

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The shipped bundle from nothing: font -> pictures -> text tokenizer, reranker, image tokenizer, codes, prior -> bundle
+# -> figures. Every step can be killed and started again; trainings go on from their newest checkpoint.
+#
+#   pip install -e '.[emoji,track]'; apt-get install fonts-noto-color-emoji
+#   recipes/emoji/run.sh              two CPU cores, 64x64 pixels, some hours
+#   recipes/emoji/run.sh gpu          an NVIDIA GPU, 128x128 pixels
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+size=64 reranker=() tokenizer=() prior=()
+if [[ ${1:-cpu} == gpu ]]; then
+  size=128
+  reranker=(model.vision_cfg.image_size=128 run.batch_size=1024 run.steps=6000 run.num_workers=8)
+  tokenizer=(model.image_size=128 model.trunk.patch_size=2 'model.trunk.multipliers=[1,2,2]' loss.decoder_only_from=40000
+    loss.perceptual_from=40000 loss.adversarial_from=40000 run.steps=60000 run.batch_size=128 run.num_workers=12)
+  prior=(run.batch_size=512 run.steps=30000)
+else
+  # Two threads that a scheduler puts on one core are slower than one.
+  export OMP_PROC_BIND=true OMP_PLACES=cores
+fi
+
+[[ -f data/emoji/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji --size "$size"
+[[ -f runs/emoji/text_tokenizer/tokenizer.json ]] || tessera train text-tokenizer recipes/emoji/text_tokenizer.yaml
+tessera train reranker recipes/emoji/reranker.yaml "${reranker[@]}"
+tessera train tokenizer recipes/emoji/tokenizer.yaml "${tokenizer[@]}"
+tessera encode recipes/emoji/codes.yaml
+tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
+tessera bundle runs/emoji/bundle --guidance-scale 2 --image-tokenizer runs/emoji/tokenizer/model \
+  --prior runs/emoji/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
+for split in train tone gender pair; do
+  tessera evaluate tokenizer runs/emoji/tokenizer/model data/emoji --split "$split"
+done
+tessera evaluate pipeline recipes/emoji/evaluate.yaml model=runs/emoji/bundle

@@ -1,0 +1,46 @@
+"""How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common.data import ImageFolder
+from common.metrics import perplexity, psnr
+from stage1_tokenizer.autoencoder import Autoencoder
+
+
+@torch.inference_mode()
+def evaluate(model: str | Path, data: str | Path, split: str | None = None, batch_size: int = 64) -> dict[str, Any]:
+    """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
+
+    PSNR in dB is the mean over pictures of 8-bit pictures; `codes_used` is the share of the codebook that occurs at
+    all, `perplexity` the exponential of the entropy of code use. Raises InputError for a wrong model or data folder,
+    or a broken picture.
+    """
+    tokenizer = Autoencoder.from_pretrained(model)
+    images = ImageFolder(data, tokenizer.image_size, split)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer.to(device)
+    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=device)
+    figures, start = [], time.perf_counter()
+    for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
+        batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
+        codes = tokenizer.encode(batch)
+        counts += codes.flatten().bincount(minlength=len(counts))
+        figures.append(psnr(tokenizer.decode(codes), batch).cpu())
+    seconds = time.perf_counter() - start
+    return {
+        "model": str(model),
+        "data": str(data),
+        "split": split or "all",
+        "pictures": len(images),
+        "image_size": tokenizer.image_size,
+        "psnr": round(float(torch.cat(figures).mean()), 3),
+        "codes_used": round(float((counts > 0).float().mean()), 4),
+        "perplexity": round(perplexity(counts), 1),
+        "images_per_second": round(len(images) / seconds, 1),
+    }

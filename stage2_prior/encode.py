@@ -1,0 +1,81 @@
+"""Encodes a data folder once, on any number of processes: `tessera encode RECIPE.yaml`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from pydantic import Field
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from common.config import Config, read_recipe
+from common.data import DataConfig, ImageFolder
+from common.errors import InputError
+from common.weights import write_json
+from stage1_tokenizer import Autoencoder
+from stage2_prior.codes import CAPTIONS, META, CodesMeta, shard_name
+
+
+class EncodeRecipe(Config):
+    data: DataConfig
+    image_tokenizer: Path
+    output: Path
+    batch_size: int = Field(64, gt=0)
+    shard_rows: int = Field(8192, gt=0)
+
+
+@torch.inference_mode()
+def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
+    """Writes the codes of a recipe's pictures; returns their folder.
+
+    Raises InputError for a broken picture, and when the folder holds codes of another tokenizer or of other data.
+    """
+    recipe = read_recipe(EncodeRecipe, recipe_path, overrides)
+    state = PartialState()
+    tokenizer = Autoencoder.from_pretrained(recipe.image_tokenizer).to(state.device)
+    data = ImageFolder(recipe.data.folder, tokenizer.image_size, recipe.data.split)
+    meta = CodesMeta(
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        codebook_size=tokenizer.codebook_size,
+        code_shape=tokenizer.code_shape,
+        rows=len(data),
+        shard_rows=recipe.shard_rows,
+    )
+    folder = recipe.output
+    _check_folder(folder, meta)
+    if state.is_main_process:
+        rows = [{"text": item.captions, "weight": item.weight} for item in data.items]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / CAPTIONS).write_text(text, encoding="utf-8")
+        write_json(folder / META, meta.model_dump(mode="json"))
+
+    missing = [i for i in range(meta.shards) if not (folder / shard_name(i)).is_file()]
+    bar = tqdm(total=len(missing[state.process_index :: state.num_processes]) * meta.shard_rows, unit="image",
+               disable=not state.is_main_process or not sys.stderr.isatty())  # fmt: skip
+    for shard in missing[state.process_index :: state.num_processes]:
+        first, last = shard * meta.shard_rows, min((shard + 1) * meta.shard_rows, meta.rows)
+        parts = []
+        for start in range(first, last, recipe.batch_size):
+            images = torch.stack([data.image(i) for i in range(start, min(start + recipe.batch_size, last))])
+            parts.append(tokenizer.encode(images.to(state.device)).int().cpu())
+            bar.update(len(images))
+        part = folder / f".{shard_name(shard)}"
+        save_file({"codes": torch.cat(parts)}, part)
+        part.replace(folder / shard_name(shard))
+    bar.close()
+    state.wait_for_everyone()
+    return folder
+
+
+def _check_folder(folder: Path, meta: CodesMeta) -> None:
+    """Makes the folder, or sees that what is in it is the same work begun before."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another output") from None
+    if (folder / META).is_file():
+        before = CodesMeta.model_validate_json((folder / META).read_text())
+        if before != meta:
+            raise InputError(f"{folder} holds codes of another tokenizer or other data; remove it or change output")

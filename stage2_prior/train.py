@@ -1,0 +1,122 @@
+"""Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.config import Config, read_recipe
+from common.errors import InputError
+from common.text import PAD, TextTokenizer
+from common.training import OptimizerConfig, Run, RunConfig
+from stage1_tokenizer import Autoencoder
+from stage2_prior.codes import Codes, CodesSteps
+from stage2_prior.sampling import Sampling, sample
+from stage2_prior.transformer import GPTConfig, GPTPrior
+
+
+class GPTSize(Config):
+    """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
+
+    text_length: int = Field(64, ge=2)  # <start> included; longer captions are cut off in training
+    dim: int = Field(512, ge=8)
+    depth: int = Field(12, ge=1)
+    num_heads: int = Field(8, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class PriorRecipe(Config):
+    codes: Path  # written by tessera encode
+    text_tokenizer: Path
+    image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
+    model: GPTSize = GPTSize()
+    text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
+    sampling: Sampling = Sampling()  # of the sample pictures
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig
+
+
+class Objective(nn.Module):
+    """Prefixes and codes -> mean losses of text and image in nats a token; one module, so that processes stay in step."""
+
+    def __init__(self, prior: GPTPrior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        predictions = self.prior.predict(prefix, codes)
+        image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten())
+        # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
+        said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
+        targets = prefix[:, 1:].masked_fill(~said, -100)
+        text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return text / said.sum().clamp_min(1), image
+
+
+def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
+    """Trains the prior of a recipe, or goes on with it; returns the folder of the result."""
+    recipe = read_recipe(PriorRecipe, recipe_path, overrides)
+    codes = Codes(recipe.codes)
+    text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
+    image_tokenizer = _image_tokenizer(recipe, codes)
+    config = GPTConfig(
+        codebook_size=codes.meta.codebook_size,
+        code_shape=codes.meta.code_shape,
+        text_vocab_size=text_tokenizer.vocab_size,
+        image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
+        text_tokenizer_fingerprint=text_tokenizer.fingerprint,
+        **recipe.model.model_dump(),
+    )
+    torch.manual_seed(recipe.run.seed)
+    prior = GPTPrior(config, text_tokenizer)
+
+    run = Run(recipe.run, recipe)
+    objective = run.prepare("prior", Objective(prior))
+    average = run.averaged("average", prior)
+    optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    folder = run.folder / "model"
+
+    for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
+        dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
+        texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
+        prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        with run.autocast():
+            text_loss, image_loss = objective(prefix, batch.codes.to(run.device))
+        loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
+        run.update(optimizers, loss)
+        average.update_parameters(prior)
+        run.log(loss=loss, text=text_loss, image=image_loss)
+
+        if run.due_after(recipe.run.sample_every) and run.is_main:
+            exported = average.module
+            assert isinstance(exported, GPTPrior)
+            exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
+            if image_tokenizer is not None:
+                _sample(run, exported, image_tokenizer.to(run.device), recipe, codes)
+    return folder
+
+
+def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:
+    if recipe.image_tokenizer is None:
+        return None
+    tokenizer = Autoencoder.from_pretrained(recipe.image_tokenizer)
+    if tokenizer.fingerprint != codes.meta.tokenizer_fingerprint:
+        raise InputError(
+            f"the codes in {recipe.codes} were made by tokenizer {codes.meta.tokenizer_fingerprint}, "
+            f"{recipe.image_tokenizer} is {tokenizer.fingerprint}; encode again or name the right tokenizer"
+        )
+    return tokenizer
+
+
+def _sample(run: Run, prior: GPTPrior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
+    """A picture for each of the prompts, the same seeds every time."""
+    prompts = recipe.prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
+    drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), recipe.sampling)
+    images = tokenizer.decode(drawn.view(-1, *tokenizer.code_shape))
+    run.save_pictures("samples", images, list(prompts))

@@ -1,0 +1,213 @@
+"""The GPT prior: one causal sequence of BPE text tokens and image codes (Ramesh et al. 2021, section 2.2).
+
+Letters: B batch, P text positions, T codes per image, L = P + T, K codebook size, V text vocabulary, E width.
+Text starts with <start> and is filled up with <pad>, which with its position makes DALL·E's padding token of that
+position. Text is predicted too, so log p(text) and log p(image | text) both exist. Deliberate differences from DALL·E:
+full attention everywhere, normalised queries and keys (Henry et al. 2020), root-mean-square norms, no biases.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from common.config import Config
+from common.errors import InputError
+from common.text import PAD, START, TextTokenizer
+from common.weights import save_pretrained
+from stage2_prior.base import Cache, Prior
+
+
+class GPTConfig(Config):
+    type: Literal["gpt"] = "gpt"
+    codebook_size: int = Field(1024, ge=2)  # K
+    code_shape: tuple[int, int, int] = (1, 16, 16)  # Q, h, w of an image
+    text_vocab_size: int = Field(4096, ge=3)  # V
+    text_length: int = Field(64, ge=2)  # P, <start> included
+    dim: int = Field(512, ge=8)  # E
+    depth: int = Field(12, ge=1)
+    num_heads: int = Field(8, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    image_tokenizer_fingerprint: str = ""  # of the codes and the text it was trained on
+    text_tokenizer_fingerprint: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GPTConfig":
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
+        if self.code_shape[0] != 1:
+            raise ValueError(f"the GPT prior reads one codebook a position, got code_shape {self.code_shape}")
+        return self
+
+
+class Predictions(NamedTuple):
+    text: Tensor  # (B, P - 1, V) logits of the text tokens after <start>
+    codes: Tensor  # (B, T, K) logits of the image codes
+
+
+class KeyValueCache(Cache):
+    """Keys and values of all layers, allocated once for all positions and filled from the left."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self.keys, self.values = keys, values  # (depth, N, heads, L, E / heads)
+        self.length = length  # positions filled so far
+
+    def repeat(self, rows: Tensor) -> "KeyValueCache":
+        return KeyValueCache(self.keys[:, rows], self.values[:, rows], self.length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values (N, heads, S, E / heads) of new positions; returns all up to them."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class GPTPrior(Prior):
+    def __init__(self, config: GPTConfig, text_tokenizer: TextTokenizer | None = None) -> None:
+        super().__init__()
+        self.config, self.text_tokenizer = config, text_tokenizer
+        self.length = config.code_shape[0] * config.code_shape[1] * config.code_shape[2]
+        self.codebook_size, self.prefix_length = config.codebook_size, config.text_length
+        _, height, width = config.code_shape
+        self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
+        self.text_position = nn.Parameter(torch.randn(config.text_length, config.dim) * 0.02)
+        self.code_embedding = nn.Embedding(config.codebook_size, config.dim)
+        self.row_position = nn.Parameter(torch.randn(height, 1, config.dim) * 0.02)
+        self.column_position = nn.Parameter(torch.randn(1, width, config.dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.code_head = nn.Linear(config.dim, config.codebook_size, bias=False)
+        for embedding in (self.text_embedding, self.code_embedding, self.code_head):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+        """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
+        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
+        if self.text_tokenizer is not None:
+            self.text_tokenizer.save_into(folder)
+
+    # Conditions ------------------------------------------------------------------------------------------------------
+
+    def prefix(self, text: Sequence[str]) -> Tensor:
+        """Texts -> (B, P) int64: <start>, the tokens, <pad> up to P. Raises InputError when a text is too long."""
+        if self.text_tokenizer is None:
+            raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
+        tokens = [self.text_tokenizer.encode(one) for one in text]
+        room = self.prefix_length - 1
+        for ids in tokens:
+            if len(ids) > room:
+                raise InputError(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
+        return self.pad(tokens)
+
+    def null_prefix(self, rows: int) -> Tensor:
+        return self.pad([[]] * rows)
+
+    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids -> (B, P) int64 on the prior's device; what does not fit is cut off."""
+        room = self.prefix_length - 1
+        rows = [[START, *ids[:room], *[PAD] * (room - len(ids))] for ids in tokens]
+        return torch.tensor(rows, dtype=torch.int64, device=self.text_position.device).view(-1, self.prefix_length)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
+        x = self._trunk(prefix, codes)
+        return self.code_head(x[:, self.prefix_length - 1 :])
+
+    def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
+        """Teacher-forced logits of text and codes alike: prefix (B, P), codes (B, T) int64."""
+        x = self._trunk(prefix, codes)
+        text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
+        return Predictions(text, self.code_head(x[:, self.prefix_length - 1 :]))
+
+    def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
+        """(B, P), (B, T) -> (B, P + T - 1, E): what each position knows about the next; the last code predicts nothing."""
+        x = torch.cat([self._embed_text(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    # Sampling --------------------------------------------------------------------------------------------------------
+
+    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValueCache]:
+        config = self.config
+        shape = (config.depth, len(prefix), config.num_heads, prefix.shape[1] + length, config.dim // config.num_heads)
+        empty = self.text_embedding.weight.new_zeros(shape)
+        cache = KeyValueCache(empty, torch.zeros_like(empty), 0)
+        return self._advance(self._embed_text(prefix), cache), cache
+
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        assert isinstance(cache, KeyValueCache)
+        position = cache.length - self.prefix_length
+        return self._advance(self._embed_codes(codes.unsqueeze(1), position), cache)
+
+    def _advance(self, x: Tensor, cache: KeyValueCache) -> Tensor:
+        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        cache.length += x.shape[1]
+        return self.code_head(self.norm(x[:, -1]))
+
+    # Embeddings ------------------------------------------------------------------------------------------------------
+
+    def _embed_text(self, prefix: Tensor) -> Tensor:
+        return self.text_embedding(prefix) + self.text_position
+
+    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+        """Codes (B, S) that stand at positions first..first+S-1 -> (B, S, E)."""
+        positions = (self.row_position + self.column_position).flatten(0, 1)  # (T, E)
+        return self.code_embedding(codes) + positions[first : first + codes.shape[1]]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mlp_in = nn.Linear(config.dim, hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.zeros_(self.mlp_out.weight)  # each block starts as the identity
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, layer))
+        return x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with unit-normalised queries and keys, each channel with a learned scale."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        head_dim = config.dim // config.num_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.query_scale = nn.Parameter(torch.ones(head_dim))
+        self.key_scale = nn.Parameter(torch.ones(head_dim))
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads).unbind()
+        q, k = unit_norm(q, self.query_scale), unit_norm(k, self.key_scale)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        # With a cache either the whole prefix comes at once, or a single position that may see everything before it.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        return self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+
+
+def unit_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """(..., d) scaled to a root mean square of `scale`; in the precision of `x`, for which torch has one fused kernel."""
+    return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6)

@@ -1,0 +1,169 @@
+"""Law 6 on one process: killed and resumed, training ends bit-equal to a run that was never interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import rerank.train
+import stage1_tokenizer.train
+import stage2_prior.encode
+import stage2_prior.train
+import stage2_prior.train_text
+from common.errors import InputError
+from common.training import Run, TrainingError, schedule
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with pictures, a text tokenizer, and a recipe of each stage at toy size."""
+    root = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(10):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": [f"a picture {i}", f"number {i}"], "split": "train"})
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run = {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "sample_every": 6, "log_every": 2}
+    data = {"folder": str(root)}
+    recipes = {
+        "text": {"data": data, "vocab_size": 280, "output": str(root / "text")},
+        "tokenizer": {
+            "data": data,
+            "model": {
+                "image_size": 32,
+                "trunk": {"channels": 8, "multipliers": [1, 2], "encoder_blocks": 1, "decoder_blocks": 1,
+                          "patch_size": 2, "latent_dim": 4, "norm_groups": 4, "dropout": 0.1},
+                "bottleneck": {"type": "vq-ema", "codebook_size": 32, "patience": 2},
+            },
+            "loss": {"adversarial_from": 2, "discriminator_channels": 8, "discriminator_depth": 1,
+                     "decoder_only_from": 4},
+            "run": run,
+        },
+        "reranker": {
+            "data": data,
+            "text_tokenizer": str(root / "text"),
+            "model": {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+                      "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1}},
+            "run": run,
+        },
+        "encode": {"data": data, "image_tokenizer": str(root / "tokenizer" / "model"), "output": str(root / "codes"),
+                   "shard_rows": 4, "batch_size": 3},
+        "prior": {
+            "codes": str(root / "codes"),
+            "text_tokenizer": str(root / "text"),
+            "image_tokenizer": str(root / "tokenizer" / "model"),
+            "model": {"text_length": 8, "dim": 16, "depth": 2, "num_heads": 2, "dropout": 0.1},
+            "optimizer": {"type": "muon"},
+            "run": run,
+        },
+    }  # fmt: skip
+    for name, recipe in recipes.items():
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    stage2_prior.train_text.train(root / "text.yaml")
+    stage1_tokenizer.train.train(root / "tokenizer.yaml", [f"run.output={root}/tokenizer"])
+    stage2_prior.encode.encode(root / "encode.yaml")
+    return root
+
+
+def weights(folder):
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "reranker", "prior"])
+def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, stage):
+    train = {
+        "tokenizer": stage1_tokenizer.train.train,
+        "reranker": rerank.train.train,
+        "prior": stage2_prior.train.train,
+    }[stage]
+    whole = train(world / f"{stage}.yaml", [f"run.output={tmp_path}/whole"])
+
+    update = Run.update
+
+    def killed_in_step_5(self, *arguments):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "update", killed_in_step_5)
+        train(world / f"{stage}.yaml", [f"run.output={tmp_path}/killed"])
+    assert [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-0000003.pt"]
+    resumed = train(world / f"{stage}.yaml", [f"run.output={tmp_path}/killed"])
+
+    expected, found = weights(whole), weights(resumed)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_codes_stay_what_they_are_once_only_the_decoder_learns(world, tmp_path):
+    short = stage1_tokenizer.train.train(
+        world / "tokenizer.yaml", [f"run.output={tmp_path}/run", "run.sample_every=4", "run.checkpoint_every=4", "run.steps=4"]
+    )
+    before = stage1_tokenizer.Autoencoder.from_pretrained(short)
+    kept = before.fingerprint, before.decoder.conv_out.weight.clone()
+    after = stage1_tokenizer.Autoencoder.from_pretrained(
+        stage1_tokenizer.train.train(world / "tokenizer.yaml", [f"run.output={tmp_path}/run"])
+    )
+    assert after.fingerprint == kept[0]
+    assert not torch.equal(after.decoder.conv_out.weight, kept[1])
+
+
+def test_not_a_number_stops_with_the_step_and_keeps_the_checkpoint(world, tmp_path):
+    overrides = [f"run.output={tmp_path}/run", "optimizer.learning_rate=1e30", "run.checkpoint_every=1"]
+    with pytest.raises(TrainingError, match=r"step \d: the loss is .* not finite"):
+        stage2_prior.train.train(world / "prior.yaml", overrides)
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert torch.load(newest, weights_only=True)["step"] >= 1
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):
+    stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/run"])
+    with pytest.raises(InputError, match="does not fit the recipe"):
+        stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/run", "model.dim=32", "run.steps=9"])
+
+
+def test_codes_of_another_tokenizer_are_refused(world, tmp_path):
+    other = stage1_tokenizer.train.train(world / "tokenizer.yaml", [f"run.output={tmp_path}/other", "run.seed=1"])
+    with pytest.raises(InputError, match="were made by tokenizer"):
+        stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/run", f"image_tokenizer={other}"])
+    with pytest.raises(InputError, match="holds codes of another tokenizer"):
+        stage2_prior.encode.encode(world / "encode.yaml", [f"image_tokenizer={other}"])
+
+
+def test_encoding_goes_on_where_it_was_stopped(world, tmp_path):
+    first = stage2_prior.encode.encode(world / "encode.yaml", [f"output={tmp_path}/codes"])
+    expected = weights_of_shards(first)
+    assert sum(len(t) for t in expected) == 10 and len(expected) == 3
+    (first / "codes-00001.safetensors").unlink()
+    with pytest.raises(InputError, match="not complete"):
+        stage2_prior.train.Codes(first)
+    kept = (first / "codes-00000.safetensors").stat().st_mtime_ns
+    again = weights_of_shards(stage2_prior.encode.encode(world / "encode.yaml", [f"output={tmp_path}/codes"]))
+    assert (first / "codes-00000.safetensors").stat().st_mtime_ns == kept
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def weights_of_shards(folder):
+    return [load_file(path)["codes"] for path in sorted(folder.glob("codes-*.safetensors"))]
+
+
+def test_samples_logs_and_figures_are_written(world):
+    run = world / "tokenizer"
+    assert list((run / "samples").glob("reconstructions-*.png")) and list((run / "logs").iterdir())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "psnr", "images_per_second"} <= rows[0].keys()
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["steps"] == 6
+
+
+def test_schedule_warms_up_and_falls_to_the_final_share():
+    values = [schedule(step, 10, 110, 0.1) for step in range(110)]
+    assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
+    assert max(values) == pytest.approx(1.0) and schedule(110, 10, 110, 0.1) == pytest.approx(0.1)
+    assert schedule(60, 10, 110, 0.1) == pytest.approx(0.55)
