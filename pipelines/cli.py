@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -304,8 +305,7 @@ def bundle(
 def _show_generated(report: Any, as_json: bool) -> None:
     """Where the pictures of a `pipelines.generate.Report` are, and how long they took."""
     if as_json:
-        drawn = [{**one._asdict(), "images": [picture._asdict() for picture in one.images]} for one in report.prompts]
-        _print_json({**report._asdict(), "prompts": drawn})
+        _print_json(asdict(report))
         return
     for one in report.prompts:
         print(one.prompt)
@@ -321,7 +321,7 @@ def _show_generated(report: Any, as_json: bool) -> None:
 
 def _show_replayed(replayed: Any, as_json: bool) -> None:
     if as_json:
-        _print_json(replayed._asdict())
+        _print_json(asdict(replayed))
         return
     print(replayed.path)
     _say(f"{'equal' if replayed.identical else 'NOT equal'} to the picture, drawn in {replayed.seconds:.1f} s")

@@ -22,9 +22,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     report: dict[str, Any] = {"folder": str(folder), "kind": kind_of(folder)}
     match report["kind"]:
         case "bundle":
-            parts = sorted(path for path in folder.iterdir() if path.is_dir() and kind_of(path) is not None)
-            report |= {"index": _read_json(folder / "model_index.json")}
-            report |= {part.name: _part(part) for part in parts}
+            report |= _bundle(folder)
         case "image tokenizer" | "prior" | "reranker" | "text tokenizer":
             report |= _part(folder)
         case "data":
@@ -82,6 +80,22 @@ def _shapes(file: Path) -> list[list[int]]:
         return [entry["shape"] for entry in tensors]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{file} is not a whole safetensors file ({error}); restore it") from None
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    """Fingerprints, sampling defaults and parts; files are not compared with the index, loading does that."""
+    from pipelines.bundle import PARTS, bundle_fingerprint, read_index
+
+    index = read_index(folder)
+    parts = {part: _part(folder / part) for part in PARTS if (folder / part).is_dir()}
+    return {
+        "fingerprint": bundle_fingerprint(folder),
+        "written_by": f"tessera {index.tessera_version}",
+        "parameters": sum(part.get("parameters", 0) for part in parts.values()),
+        "sampling": index.sampling.model_dump(),
+        "fingerprints": index.fingerprints.model_dump(),
+        **parts,
+    }
 
 
 def _part(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ is the zero vector:
 
 References are rendered on the region's own background at the region's own size first. The nearest one in L2 wins, where
 the region may be shifted by up to 2 pixels (of a picture 64 wide). Then it must also *explain* the region: with f the
-region and r the reference, |f - r| / min(|f|, |r|) stays below a limit, of the colours and of the histograms both. So
-an empty region (f = 0), the blurred mean of many pictures (nobody's colours) and noise are called nothing. A slightly
-soft picture passes: blurring a glyph takes its edges before its colours, hence two limits.
+region and r the reference, |f - r| / min(|f|, |r|) stays below a limit. So an empty region (f = 0), the blurred mean of
+many pictures and noise are called nothing, while a somewhat soft picture passes. The same softness costs a small region
+more than a whole picture, so its limit is higher.
 
 Letters: N pictures, S side of a region in pixels, R references, C features.
 """
@@ -44,8 +44,9 @@ LARGEST = 64  # a region with more pixels is brought down to this side first
 SHIFTS = (-2, -1, 0, 1, 2)  # pixels of a picture 64 wide
 SHORTLIST = 48  # references, nearest without a shift, that are compared with all shifts
 COLOUR_FEATURES = 3 * GRID**2
-COLOUR_LIMIT = 0.5  # real pictures stay below 0.01, softened ones mostly below 0.4, means and noise above 0.55
-HISTOGRAM_LIMIT = 0.7
+# Of |f - r| / min(|f|, |r|): real pictures stay below 0.01. Whole ones blurred by 2 pixels (of 64) mostly stay below
+# 0.4, the mean of many lies above 0.5; half-size ones blurred by 1.5 pixels mostly below 0.55, means above 0.6.
+WHOLE_LIMIT, HALF_LIMIT = 0.45, 0.55
 WHITE = "white"
 
 Box = tuple[float, float, float, float]
@@ -205,9 +206,9 @@ class Judge:
         rows = torch.arange(len(best))
         shift, chosen = best // shortlist.shape[1], shortlist[rows, best % shortlist.shape[1]]
         region, reference = shifted[rows, shift], references.features[chosen]  # (N, C) each
-        colours = relative_distance(region[:, :COLOUR_FEATURES], reference[:, :COLOUR_FEATURES])
-        histograms = relative_distance(region[:, COLOUR_FEATURES:], reference[:, COLOUR_FEATURES:])
-        distance = torch.maximum(colours / COLOUR_LIMIT, histograms / HISTOGRAM_LIMIT)
+        smaller = torch.minimum(region.norm(dim=-1), reference.norm(dim=-1)).clamp(min=1e-3)
+        limit = HALF_LIMIT if relative.shape[-1] <= 48 * pixel else WHOLE_LIMIT
+        distance = (region - reference).norm(dim=-1) / smaller / limit
         return [
             Seen(self.items[r], self.concepts[r], d) if d < 1 else Seen(None, None, d)
             for r, d in zip(chosen.tolist(), distance.tolist(), strict=True)
@@ -241,12 +242,6 @@ class Judge:
         balance = float((colours.square().sum() / histograms.square().sum().clamp(min=1e-6)).sqrt())
         rows = torch.cat([colours, histograms * balance], dim=-1)
         return References(rows, rows.square().sum(-1), balance)
-
-
-def relative_distance(regions: Tensor, references: Tensor) -> Tensor:
-    """(N, C), (N, C) -> (N,): |f - r| / min(|f|, |r|), large where either is empty."""
-    smaller = torch.minimum(regions.norm(dim=-1), references.norm(dim=-1))
-    return (regions - references).norm(dim=-1) / smaller.clamp(min=1e-3)
 
 
 def features(relative: Tensor, shifts: tuple[float, ...], balance: float) -> Tensor:

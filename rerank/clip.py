@@ -162,7 +162,8 @@ class ClipReranker:
         target = (side, side) if isinstance(side, int) else tuple(side)
         size = _scaled(pixels.shape[2:], target, self.preprocessing.resize_mode)
         kind = InterpolationMode("bilinear" if self.preprocessing.interpolation == "bilinear" else "bicubic")
-        # Width, then height, clipping what bicubic overshoots after each: that is how PIL does it.
+        # Width, then height, clipping what bicubic overshoots after each, as PIL does (which starts with the height
+        # where that is squashed far more than the width).
         for step in ([pixels.shape[2], size[1]], size):
             if step != list(pixels.shape[2:]):
                 pixels = resize(pixels, step, kind, antialias=True).clamp(0, 1)

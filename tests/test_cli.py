@@ -74,7 +74,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from pipelines.cli import main; assert main(['--help']) == 0; "
         "heavy = {'torch', 'numpy', 'PIL', 'open_clip', 'transformers', 'accelerate', 'pydantic', 'yaml'}; "
-        "sys.exit(', '.join(heavy & set(sys.modules)))"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     seconds = []
     for _ in range(3):  # the quickest of three, for the machine may be busy
@@ -116,7 +116,7 @@ def test_a_process_ends_with_the_exit_code() -> None:
         (["train"], "Missing argument"),
         (["train", "priors", "x.yaml"], "'priors' is not one of 'tokenizer', 'prior', 'reranker', 'text-tokenizer'"),
         (["info", "--colour", "x"], "No such option"),
-        (["generate", "x", "-n", "many"], "'-n'.*many"),
+        (["generate", "x", "-n", "many"], "'-n'.*integer"),
     ],
 )
 def test_wrong_usage_is_one_sentence(refused: Refused, arguments: list[str], sentence: str) -> None:
@@ -384,7 +384,7 @@ def test_what_cannot_be_ranked_is_refused(refused: Refused, tiny_bundle: Path, t
     assert "ViT-B-33" in refused("rerank", "a dog", red, "--model", "ViT-B-33")
 
 
-# tessera train, encode, bundle, info, evaluate: the whole walk on eight pictures ----------------------------------------
+# tessera train, encode, bundle, info, evaluate: the whole walk on eight pictures --------------------------------------
 
 RUN = {"steps": 2, "batch_size": 4, "checkpoint_every": 2, "sample_every": 2, "log_every": 1}
 

@@ -121,8 +121,10 @@ def test_tensors_are_preprocessed_as_pictures_are(tiny_clip: ClipReranker, mode:
     for picture in pictures()[:10]:
         expected = clip.preprocess(picture)
         levels = (clip.normalize(to_tensor(picture)[None])[0] - expected).abs() * 127.5  # of 8 bits, as std is 0.5
-        # PIL rounds to 8 bits after each of its two passes.
-        assert levels.max() < (1e-3 if picture.size == (32, 32) else 1.6), (picture.size, levels.max())
+        # PIL rounds to 8 bits after each of its two passes, and starts with the height where that is squashed most.
+        squashed = mode == "squash" and picture.height > 2 * picture.width
+        limit = 1e-3 if picture.size == (32, 32) else 8 if squashed else 1.6
+        assert levels.max() < limit, (picture.size, levels.max())
 
 
 def test_tensors_score_as_the_pictures_they_become(tiny_clip: ClipReranker) -> None:
