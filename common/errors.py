@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one sentence: the command line prints it and exits with code 2, Python sees a ValueError."""
+"""What a user did wrong, in one sentence: the command line prints it and exits with code 2, Python sees a ValueError."""
 
 
 class InputError(ValueError):
@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """`, did you mean 'x'?` for the known name that is spelled most like `name`, or the list of all when none is near."""
+    """`, did you mean 'x'?` for the known name spelled most like `name`, or the list of all when none is near."""
     from difflib import get_close_matches
 
     matches = get_close_matches(name, known, n=1, cutoff=0.5)

@@ -15,7 +15,7 @@ METADATA_KEY = "tessera"  # the PNG text chunk that holds a picture's origin as 
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture at `path` as RGB, turned as its EXIF says, transparency laid on white. Raises InputError if broken."""
+    """The picture at `path` as RGB, turned as its EXIF says, transparency laid on white. InputError if broken."""
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)

@@ -1,4 +1,4 @@
-"""The training toolbox: each stage's `train.py` owns its loop, `Run` owns devices, schedules, resume, logs, checkpoints.
+"""The training toolbox: a stage's `train.py` owns its loop, `Run` owns devices, schedules, resume, logs, checkpoints.
 
 A run is a folder: `recipe.yaml`, `checkpoints/`, `samples/`, `logs/` (TensorBoard), `metrics.jsonl`. Started again with
 the same recipe it goes on from its newest checkpoint, and on CPU it ends bit-equal to a run that was never interrupted:
@@ -237,7 +237,9 @@ class Run:
             text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write the run folder {self.folder}: {error.strerror}; change run.output") from None
+            raise InputError(
+                f"cannot write the run folder {self.folder}: {error.strerror}; change run.output"
+            ) from None
         self._writer = SummaryWriter(str(self.folder / "logs"))
 
     def _seed(self) -> None:
@@ -299,9 +301,7 @@ class Optimizers:
             matrices = [p for p in self.parameters if id(p) in muon]
             rate = config.muon_learning_rate or config.learning_rate
             self._optimizers.append(
-                torch.optim.Muon(
-                    matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
+                torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
             self._rates.append(rate)
 

@@ -1,6 +1,6 @@
 """Weights on disk: a folder with `config.json` and `model.safetensors` (sharded over a size), read strictly.
 
-Nothing is ever unpickled from such a folder, and a name is looked up on the hub only when no folder of that name exists.
+Nothing is ever unpickled from such a folder, and a name is looked up on the hub only if no folder has it.
 """
 
 import hashlib

@@ -12,6 +12,7 @@ swapped one is a sentence with its name, and then what the prior says it was tra
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -95,12 +96,12 @@ def find_bundle(name: str | Path) -> Path:
     A folder of that name that is not a bundle does not hide a shipped one. Raises InputError when there is none.
     """
     folder = Path(name)
-    if (folder / INDEX).is_file():
+    if os.path.isfile(folder / INDEX):
         return folder
     shipped = shipped_bundles()
     if str(name) in shipped:
         return SHIPPED / str(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         raise InputError(f"{folder} is not a bundle, it has no {INDEX}; shipped bundles are {_list(shipped)}")
     if "/" not in str(name):
         hint = nearest(str(name), shipped) if shipped else "; the package ships none"

@@ -7,12 +7,13 @@ otherwise the new one gets a number, `...-seed7 (2).png`.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,7 @@ def _read(path: Path) -> Origin:
 @contextmanager
 def _output_folder(folder: Path) -> Iterator[Path]:
     """Makes the folder where it is missing, and sees that it can be written; one left empty by an error is removed."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -317,11 +318,10 @@ def _output_folder(folder: Path) -> Iterator[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
+    """Removes those of `folders`, deepest first, that are there and have nothing in them."""
     for folder in folders:
-        try:
+        with suppress(OSError):
             folder.rmdir()
-        except OSError:  # never made, or not empty
-            return
 
 
 def _bar(total: int) -> Any:

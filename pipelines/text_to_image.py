@@ -223,6 +223,8 @@ class TextToImagePipeline:
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     """The prompt or prompts as a list. Raises InputError for the first that says nothing."""
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise InputError("there are no prompts; give at least one")

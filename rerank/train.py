@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps

@@ -57,7 +57,9 @@ class Autoencoder(nn.Module):
         load_weights(model, folder)
         return model
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> None:
         save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
 
     def forward(self, images: Tensor) -> Autoencoded:
@@ -83,7 +85,9 @@ class Autoencoder(nn.Module):
         if codes.ndim != 4 or codes.shape[1] != self.bottleneck.num_codebooks:
             raise InputError(f"codes must be (B, {self.bottleneck.num_codebooks}, h, w), got {tuple(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise InputError(f"codes must be in [0, {self.codebook_size}), got {int(codes.min())} to {int(codes.max())}")
+            raise InputError(
+                f"codes must be in [0, {self.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
+            )
         return self.decoder(self.bottleneck.lookup(codes)).clamp(-1, 1)
 
     @property
@@ -106,7 +110,7 @@ class Autoencoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when codes come to mean something else: encoder weights and codebook (the decoder may be tuned on)."""
+        """Changes when codes come to mean something else: encoder weights and codebook (the decoder may learn on)."""
         parts = [*self.encoder.state_dict().items()]
         parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k == "codebook"]
         return fingerprint(*(part for name, tensor in sorted(parts) for part in (name, tensor)))

@@ -1,7 +1,7 @@
 """The contract of a prior: a distribution over an image's codes given a condition.
 
-Letters: B batch, P prefix, T codes per image (Q·h·w, codebook by codebook within a position, row by row), K codebook size,
-E width. A prefix is whatever stands for the condition, one row an image: for the GPT, text ids (B, P) int64.
+Letters: B batch, P prefix, T codes per image (Q·h·w, row by row, the codebooks of a position together), K codebook
+size, E width. A prefix is whatever stands for the condition, one row an image: for the GPT, text ids (B, P) int64.
 """
 
 from abc import ABC, abstractmethod

@@ -42,7 +42,7 @@ class PriorRecipe(Config):
 
 
 class Objective(nn.Module):
-    """Prefixes and codes -> mean losses of text and image in nats a token; one module, so that processes stay in step."""
+    """Prefixes and codes -> mean losses of text and image in nats a token; one module, for several processes."""
 
     def __init__(self, prior: GPTPrior) -> None:
         super().__init__()

@@ -87,7 +87,9 @@ class GPTPrior(Prior):
         for embedding in (self.text_embedding, self.code_embedding, self.code_head):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> None:
         """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
         save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
         if self.text_tokenizer is not None:
@@ -128,7 +130,7 @@ class GPTPrior(Prior):
         return Predictions(text, self.code_head(x[:, self.prefix_length - 1 :]))
 
     def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        """(B, P), (B, T) -> (B, P + T - 1, E): what each position knows about the next; the last code predicts nothing."""
+        """(B, P), (B, T) -> (B, P + T - 1, E): what each position knows about the next one."""
         x = torch.cat([self._embed_text(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -209,5 +211,5 @@ class Attention(nn.Module):
 
 
 def unit_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """(..., d) scaled to a root mean square of `scale`; in the precision of `x`, for which torch has one fused kernel."""
+    """(..., d) scaled to a root mean square of `scale`; in the precision of `x`, where torch has a fused kernel."""
     return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=1e-6)

@@ -111,7 +111,9 @@ def test_revival_fills_a_codebook_that_would_collapse(kind):
                 loss.backward()
                 optimizer.step()
             if step >= 50:
-                used |= torch.zeros(64, dtype=torch.bool).index_fill_(0, built.eval()(torch.randn(64, DIM, 2, 2) + 20).codes.unique(), True)
+                used |= torch.zeros(64, dtype=torch.bool).index_fill_(
+                    0, built.eval()(torch.randn(64, DIM, 2, 2) + 20).codes.unique(), True
+                )
                 built.train()
         return used.float().mean()
 

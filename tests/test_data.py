@@ -16,7 +16,9 @@ def folder(tmp_path):
     rows = []
     for i in range(6):
         Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": [f"picture {i}", f"图 {i}"], "split": "train" if i < 4 else "test"})
+        rows.append(
+            {"file_name": f"{i}.png", "text": [f"picture {i}", f"图 {i}"], "split": "train" if i < 4 else "test"}
+        )
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return tmp_path
 

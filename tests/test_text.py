@@ -3,7 +3,12 @@ from hypothesis import strategies as st
 
 from common.text import END, TextTokenizer
 
-CAPTIONS = ["a red heart above a blue circle", "a small cat in the top left corner", "红色背景上的心", "蓝色圆圈在猫的左边"]
+CAPTIONS = [
+    "a red heart above a blue circle",
+    "a small cat in the top left corner",
+    "红色背景上的心",
+    "蓝色圆圈在猫的左边",
+]
 TOKENIZER = TextTokenizer.train(CAPTIONS * 3, vocab_size=340)
 
 

@@ -1,4 +1,4 @@
-"""The pipeline's laws: a picture depends on prompt, seed and sampling alone; the best come first; bad input is a sentence."""
+"""The pipeline: a picture depends on prompt, seed and sampling alone, the best come first, bad input is a sentence."""
 
 from collections.abc import Callable
 from pathlib import Path

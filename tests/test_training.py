@@ -47,7 +47,8 @@ def world(tmp_path_factory):
         "reranker": {
             "data": data,
             "text_tokenizer": str(root / "text"),
-            "model": {"embed_dim": 8, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+            "model": {"embed_dim": 8,
+                      "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
                       "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1}},
             "run": run,
         },
@@ -104,7 +105,8 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
 
 def test_codes_stay_what_they_are_once_only_the_decoder_learns(world, tmp_path):
     short = stage1_tokenizer.train.train(
-        world / "tokenizer.yaml", [f"run.output={tmp_path}/run", "run.sample_every=4", "run.checkpoint_every=4", "run.steps=4"]
+        world / "tokenizer.yaml",
+        [f"run.output={tmp_path}/run", "run.sample_every=4", "run.checkpoint_every=4", "run.steps=4"],
     )
     before = stage1_tokenizer.Autoencoder.from_pretrained(short)
     kept = before.fingerprint, before.decoder.conv_out.weight.clone()
