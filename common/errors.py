@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence: the command line prints it and exits with code 2, Python sees a ValueError."""
+"""What a user did wrong, in one sentence: the command line prints it and exits with 2, Python sees a ValueError."""
 
 
 class InputError(ValueError):

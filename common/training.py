@@ -343,4 +343,4 @@ def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     """Weights of Linear layers inside a `blocks` list: Muon is for hidden matrices, not embeddings and heads."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "blocks" in name.split("."):
-            yield module.weight
+            yield module.get_parameter("weight")

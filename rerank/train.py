@@ -53,7 +53,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         loss = contrastive(image_features.float(), text_features.float(), scale)
         run.update(optimizers, loss)
         with torch.no_grad():
-            clip.model.logit_scale.clamp_(max=4.6052)  # ln 100, as CLIP
+            clip.model.get_parameter("logit_scale").clamp_(max=4.6052)  # ln 100, as CLIP
         average.update_parameters(clip.model)
         run.log(loss=loss, temperature=1 / scale)
 

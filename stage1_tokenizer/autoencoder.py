@@ -47,7 +47,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config.trunk)
         self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.latent_dim)
         self.decoder = Decoder(config.trunk)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Autoencoder":

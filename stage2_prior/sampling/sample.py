@@ -46,7 +46,8 @@ def sample(
             logits = prior.step(torch.cat([drawn, drawn]) if guided else drawn, cache)
         logits = logits.float()
         if guided:
-            logits = guide(*logits.chunk(2), sampling.guidance_scale)
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, sampling.guidance_scale)
         codes[:, position] = draw(filter_logits(logits, sampling), generators)
         if progress is not None:
             progress(position)
