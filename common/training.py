@@ -103,8 +103,11 @@ class Run:
         return part
 
     def averaged(self, name: str, model: nn.Module) -> AveragedModel:
-        """Exponential moving average of the weights of `model`; buffers are copied. Call `update_parameters` a step."""
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
+        """Exponential moving average of the weights of `model`; buffers are copied. Call `update_parameters` a step.
+
+        To be called before `prepare`, which changes the model's forward.
+        """
+        average = AveragedModel(model, self.device, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
         average.requires_grad_(False)
         self.state[name] = average
         return average

@@ -39,8 +39,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     )
 
     run = Run(recipe.run, recipe)
-    model = run.prepare("model", clip.model)
     average = run.averaged("average", clip.model)
+    model = run.prepare("model", clip.model)
     optimizers = run.optimizers("optimizer", clip.model, recipe.optimizer)
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     contrastive = ClipLoss(rank=rank, world_size=world)

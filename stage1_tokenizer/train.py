@@ -56,9 +56,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     bare_discriminator = PatchDiscriminator(recipe.loss.discriminator_channels, recipe.loss.discriminator_depth)
 
     run = Run(recipe.run, recipe)
+    average = run.averaged("average", bare)
     autoencoder = run.prepare("autoencoder", bare)
     discriminator = run.prepare("discriminator", bare_discriminator, compile=False)
-    average = run.averaged("average", bare)
     optimizers = run.optimizers("optimizer", bare, recipe.optimizer)
     discriminator_optimizers = run.optimizers(
         "discriminator_optimizer", bare_discriminator, recipe.discriminator_optimizer

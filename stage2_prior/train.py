@@ -76,8 +76,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     prior = GPTPrior(config, text_tokenizer)
 
     run = Run(recipe.run, recipe)
-    objective = run.prepare("prior", Objective(prior))
     average = run.averaged("average", prior)
+    objective = run.prepare("prior", Objective(prior))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"

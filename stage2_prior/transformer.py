@@ -23,6 +23,9 @@ from common.weights import save_pretrained
 from stage2_prior.base import Cache, Prior
 
 
+PLAIN_UP_TO = 512  # positions
+
+
 class GPTConfig(Config):
     type: Literal["gpt"] = "gpt"
     codebook_size: int = Field(1024, ge=2)  # K
@@ -206,8 +209,23 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         # With a cache either the whole prefix comes at once, or a single position that may see everything before it.
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        mixed = attend(q, k, v, causal=q.shape[2] > 1)
         return self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Scaled dot-product attention, (N, heads, S, d) over (N, heads, L, d); `causal` asks for S = L.
+
+    On a CPU torch's kernel is slower than plain products for short sequences: training at 88 positions takes 1.4 times
+    as long a step with it.
+    """
+    if q.device.type != "cpu" or k.shape[2] > PLAIN_UP_TO:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def unit_norm(x: Tensor, scale: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def tiny_autoencoder(seed: int = 0) -> Autoencoder:
         "bottleneck": {"type": "vq-ema", "codebook_size": 32},
     }
     autoencoder = Autoencoder(AutoencoderConfig.model_validate(config)).eval()
-    autoencoder.bottleneck.codebook.copy_(torch.randn(32, 8) * 2)  # an untrained one waits for its first pictures
+    autoencoder.bottleneck.get_buffer("codebook").copy_(
+        torch.randn(32, 8) * 2
+    )  # an untrained one waits for its first pictures
     return autoencoder
 
 
@@ -52,7 +54,7 @@ def tiny_prior(autoencoder: Autoencoder, text_tokenizer: TextTokenizer, seed: in
     prior = GPTPrior(config, text_tokenizer).eval()
     with torch.no_grad():
         for weight in prior.parameters():  # fresh blocks are the identity, which would make the prompt not matter
-            weight += torch.randn_like(weight) * 0.1
+            weight.add_(torch.randn_like(weight) * 0.1)
     return prior
 
 

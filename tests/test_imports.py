@@ -1,6 +1,8 @@
 """The house keeps its order: imports flow from common down to pipelines and never up (DESIGN, section 1)."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +93,11 @@ def test_a_downward_import_is_fine(path: str, source: str) -> None:
 def test_relative_imports_are_resolved() -> None:
     source = "from . import a\nfrom .b import c\nfrom .. import d\nfrom ..e import f"
     assert [name for _, name in imported(source, "x.y")] == ["x.y", "x.y.b", "x", "x.e"]
+
+
+def test_drawing_and_ranking_need_no_extra() -> None:
+    """The wheel with its plain dependencies runs `tessera generate`: what only the extras bring is not imported."""
+    blocked = "import sys; from pipelines.cli import EXTRAS; sys.modules.update(dict.fromkeys(EXTRAS)); "
+    wanted = "import open_clip, pipelines.generate, pipelines.rank, pipelines.info, pipelines.check"
+    done = subprocess.run([sys.executable, "-c", blocked + wanted], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

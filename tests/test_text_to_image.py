@@ -29,7 +29,7 @@ def pixels(generated: Generated) -> list[bytes]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "guidance_scale": 1.0}])
-def test_n_candidates_equal_n_single_runs(tiny_pipeline: TextToImagePipeline, settings: dict[str, float]) -> None:
+def test_n_candidates_equal_n_single_runs(tiny_pipeline: TextToImagePipeline, settings: dict[str, Any]) -> None:
     together = tiny_pipeline(PROMPT, num_images_per_prompt=7, num_candidates=7, seed=3, **settings)
     assert sorted(together.seeds) == list(range(3, 10))
     for image, seed, codes in zip(together.images, together.seeds, together.codes, strict=True):
