@@ -57,6 +57,7 @@ def save_png(image: Image.Image, path: Path, origin: dict[str, Any] | None = Non
         image.save(part, format="PNG", pnginfo=info)
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
@@ -69,8 +70,12 @@ def read_origin(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable picture; give a PNG written by tessera generate") from None
     if text is None:
         raise InputError(f"{path} does not carry its origin; only pictures written by tessera generate do")
-    origin = json.loads(text)
-    assert isinstance(origin, dict)
+    try:
+        origin = json.loads(text)
+    except json.JSONDecodeError:
+        origin = None
+    if not isinstance(origin, dict):
+        raise InputError(f"{path} carries an origin that is not JSON; give a PNG as tessera generate wrote it")
     return origin
 
 

@@ -72,12 +72,29 @@ def find_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), etag_timeout=5))
+        with hub_at_once():
+            return Path(snapshot_download(str(name), etag_timeout=5))
     except Exception as error:  # a dozen kinds: offline, unknown, gated, interrupted
         raise InputError(
             f"'{name}' is not a folder here, and the hub did not give it ({type(error).__name__}); "
             "check the name and the network, or give a local folder"
         ) from error
+
+
+@contextmanager
+def hub_at_once() -> Iterator[None]:
+    """Where the hub does not answer, what is in its cache is used, at once instead of after a minute of retries."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # no network, or HF_HUB_OFFLINE=1
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def fingerprint(*parts: Tensor | bytes | str) -> str:

@@ -292,11 +292,7 @@ def _content(origin: Origin) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Origin:
-    try:
-        content = read_origin(path)
-    except (json.JSONDecodeError, AssertionError):
-        content = {}
-    return validate(Origin, content, where=f"the origin in {path}")
+    return validate(Origin, read_origin(path), where=f"the origin in {path}")
 
 
 @contextmanager

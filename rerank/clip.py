@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from common.errors import InputError, nearest
 from common.text import END, PAD, SPECIALS, TextTokenizer
-from common.weights import fingerprint, new_folder, write_json
+from common.weights import fingerprint, hub_at_once, new_folder, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILE = "open_clip_model.safetensors"
@@ -271,7 +271,7 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
     import open_clip
 
     network = source.startswith("hf-hub:") or "pretrained" in arguments
-    with _quiet_about_random_weights(), _hub_at_once() if network else nullcontext():
+    with _quiet_about_random_weights(), hub_at_once() if network else nullcontext():
         try:
             model = open_clip.create_model(source, **arguments)
             tokenizer = open_clip.get_tokenizer(source)
@@ -345,22 +345,6 @@ def _quiet_about_random_weights() -> Iterator[None]:
     finally:
         root.removeHandler(silent)
         root.removeFilter(unexpected)
-
-
-@contextmanager
-def _hub_at_once() -> Iterator[None]:
-    """Where the hub does not answer, what is in its cache is used, at once instead of after a minute of retries."""
-    from huggingface_hub import constants, get_session
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # no network, or HF_HUB_OFFLINE=1
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _one_line(error: Exception) -> str:

@@ -22,7 +22,6 @@ from common.text import PAD, START, TextTokenizer
 from common.weights import save_pretrained
 from stage2_prior.base import Cache, Prior
 
-
 PLAIN_UP_TO = 512  # positions
 
 
