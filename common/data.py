@@ -8,6 +8,7 @@ same global batches. Unreadable pictures are skipped, counted and named, never r
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,8 +86,8 @@ def read_items(folder: Path, split: str | None = None) -> list[Item]:
     if (folder / "metadata.jsonl").is_file():
         rows = list(_jsonl_rows(folder / "metadata.jsonl"))
     elif (folder / "metadata.csv").is_file():
-        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
-            rows = [(f"line {number}", row) for number, row in enumerate(csv.DictReader(file), 2)]
+        table = csv.DictReader(io.StringIO(read_text(folder / "metadata.csv"), newline=""))
+        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
     else:
         rows = [("", row) for row in _sidecar_rows(folder)]
     if not rows:
@@ -119,7 +120,7 @@ def _item(folder: Path, where: str, row: dict[str, Any]) -> Item:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -135,8 +136,18 @@ def _sidecar_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and path.is_file():
             sidecar = path.with_suffix(".txt")
-            text = sidecar.read_text(encoding="utf-8").splitlines() if sidecar.is_file() else []
+            text = read_text(sidecar).splitlines() if sidecar.is_file() else []
             yield {"file_name": str(path.relative_to(folder)), "text": text}
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises InputError when it is not UTF-8 or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 class Order:

@@ -255,9 +255,10 @@ class Run:
         self._skipped += len(skipped)
         for sentence in skipped:
             self.say(f"skipped: {sentence}")
-        if self._skipped > max(10, self._drawn // 100):
+        nothing_left = bool(skipped) and len(skipped) >= self.config.batch_size // self.accelerator.num_processes
+        if nothing_left or self._skipped > max(10, self._drawn // 100):
             raise InputError(
-                f"{self._skipped} of {self._drawn} pictures could not be read, more than 1 in 100; "
+                f"{self._skipped} of {self._drawn} pictures could not be read, too many; "
                 "see them with 'tessera data check' and mend or remove them"
             )
 

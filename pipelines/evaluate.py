@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +123,6 @@ def evaluate_pipeline(
     evaluation = summarize([outcomes[index] for index in chosen], rate)
     draw_failures(out, requests, [outcomes[index] for index in chosen], judge)
     (out / "evaluation.json").write_text(json.dumps(begun | as_json(evaluation), indent=2) + "\n", "utf-8")
-    print(table(evaluation), file=sys.stderr)
     return evaluation
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         (folder / CAPTIONS).write_text(text, encoding="utf-8")
         write_json(folder / META, meta.model_dump(mode="json"))
 
+    done, start = 0, time.perf_counter()
     missing = [i for i in range(meta.shards) if not (folder / shard_name(i)).is_file()]
     bar = tqdm(total=len(missing[state.process_index :: state.num_processes]) * meta.shard_rows, unit="image",
                disable=not state.is_main_process or not sys.stderr.isatty())  # fmt: skip
@@ -61,10 +63,14 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             images = torch.stack([data.image(i) for i in range(start, min(start + recipe.batch_size, last))])
             parts.append(tokenizer.encode(images.to(state.device)).int().cpu())
             bar.update(len(images))
+            done += len(images)
         part = folder / f".{shard_name(shard)}"
         save_file({"codes": torch.cat(parts)}, part)
         part.replace(folder / shard_name(shard))
     bar.close()
+    seconds = time.perf_counter() - start
+    if state.is_main_process:
+        print(f"{folder}: {done} images in {seconds:.1f} s, {done / seconds:.1f} images per second", file=sys.stderr)
     state.wait_for_everyone()
     return folder
 
