@@ -25,7 +25,7 @@ tessera train reranker recipes/emoji/reranker.yaml "${reranker[@]}"
 tessera train tokenizer recipes/emoji/tokenizer.yaml "${tokenizer[@]}"
 tessera encode recipes/emoji/codes.yaml
 tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
-tessera bundle runs/emoji/bundle --guidance-scale 2 --image-tokenizer runs/emoji/tokenizer/model \
+tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji/tokenizer/model \
   --prior runs/emoji/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
 for split in train tone gender pair; do
   tessera evaluate tokenizer runs/emoji/tokenizer/model data/emoji --split "$split"
