@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -96,11 +96,6 @@ class Run:
         self.state[name] = model
         prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
-
-    def track(self, name: str, part: Any) -> Any:
-        """Adds anything with a state_dict (an optimizer, averaged weights) to the checkpoints."""
-        self.state[name] = part
-        return part
 
     def averaged(self, name: str, model: nn.Module) -> AveragedModel:
         """Exponential moving average of the weights of `model`; buffers are copied. Call `update_parameters` a step.
@@ -318,10 +313,6 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def zero_grad(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
     def state_dict(self) -> list[Any]:
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
@@ -336,11 +327,6 @@ def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> fl
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_requires_grad(parameters: Iterable[nn.Parameter], value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)
 
 
 def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:

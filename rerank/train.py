@@ -7,6 +7,7 @@ result loads in open_clip as in `ClipReranker`.
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.loss import ClipLoss
 from torch import Tensor
@@ -67,8 +68,6 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 @torch.no_grad()
 def retrieval(reranker: ClipReranker, data: ImageFolder, seed: int, n: int = 256) -> float:
     """Share of `n` pictures whose own caption scores highest among all n captions."""
-    import numpy as np
-
     random = np.random.default_rng(seed)
     batch = data.batch(random.permutation(len(data))[:n], random)
     images = reranker.image_features(batch.images)
