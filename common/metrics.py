@@ -14,7 +14,15 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / mse)
 
 
+def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs: (B, Q, h, w) int64 -> (Q, K)."""
+    return torch.stack([level.flatten().bincount(minlength=codebook_size) for level in codes.unbind(1)])
+
+
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the distribution that `counts` (K,) stand for: K when all are used alike, 1 when one is."""
-    probabilities = counts.double() / counts.sum()
-    return float(torch.exp(torch.special.entr(probabilities).sum()))
+    """exp of the entropy of code use, mean over the codebooks: K when all codes are used alike, 1 when one is.
+
+    `counts` is (Q, K) as `code_counts` gives it.
+    """
+    probabilities = counts.double() / counts.sum(1, keepdim=True)
+    return float(torch.exp(torch.special.entr(probabilities).sum(1)).mean())

@@ -28,6 +28,7 @@ from common.config import Config
 from common.data import step_loader
 from common.errors import InputError
 from common.images import contact_sheet, to_pil
+from common.muon import Muon
 
 
 class OptimizerConfig(Config):
@@ -48,7 +49,8 @@ class RunConfig(Config):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # pictures a step, over all processes
     seed: int = Field(0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; weights stay float32
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"  # of the arithmetic; weights stay float32.
+    # auto: bfloat16 where the hardware multiplies in it, else float32
     compile: bool = False  # torch.compile; needs a C++ compiler on CPU
     ema_decay: float = Field(0.999, ge=0, lt=1)  # of the averaged weights that are exported
     checkpoint_every: int = Field(500, gt=0)
@@ -75,8 +77,9 @@ class Run:
 
     def __init__(self, config: RunConfig, recipe: Config) -> None:
         self.config, self.step = config, 0
+        self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bfloat16" else "no", step_scheduler_with_optimizer=False
+            mixed_precision="bf16" if self.bfloat16 else "no", step_scheduler_with_optimizer=False
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.state: dict[str, Stateful] = {}
@@ -156,7 +159,7 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes in the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def update(self, optimizers: "Optimizers", loss: Tensor) -> None:
         """One step of `optimizers` down the gradient of `loss`. Raises TrainingError when it is no longer finite."""
@@ -300,7 +303,12 @@ class Optimizers:
             matrices = [p for p in self.parameters if id(p) in muon]
             rate = config.muon_learning_rate or config.learning_rate
             self._optimizers.append(
-                torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+                Muon(
+                    matrices,
+                    lr=rate,
+                    weight_decay=config.weight_decay,
+                    dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32,
+                )
             )
             self._rates.append(rate)
 
@@ -319,6 +327,14 @@ class Optimizers:
     def load_state_dict(self, state: list[Any]) -> None:
         for optimizer, part in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(part)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the hardware has bfloat16 matrix arithmetic. A CPU without it takes a hundred times as long as float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> float:

@@ -20,7 +20,7 @@ from common.images import to_pil
 from pipelines.bundle import load_bundle, save_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import GPTPrior, Sampling, sample
+from stage2_prior import GPTPrior, Sampling, sample, unflatten_codes
 
 MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
@@ -169,7 +169,7 @@ class TextToImagePipeline:
             sequences = sample(
                 self.prior, prefixes[first:last], list(batch) * (last - first), sampling, report
             )  # (N, T)
-            codes = sequences.view(-1, *self.image_tokenizer.code_shape)  # (N, Q, h, w)
+            codes = unflatten_codes(sequences, self.image_tokenizer.code_shape)  # (N, Q, h, w)
             for text, own in zip(prompts[first:last], codes.split(len(batch)), strict=True):
                 drawn += self._candidates(text, batch, own, reranker)
                 if len(drawn) == len(seeds):
@@ -207,9 +207,8 @@ class TextToImagePipeline:
     def _row_bytes(self, sampling: Sampling) -> int:
         """Roughly what drawing and decoding one more candidate takes: keys and values, logits, pixels."""
         config = self.prior.config
-        numbers = (
-            2 * config.depth * (self.prior.prefix_length + self.prior.length) * config.dim + 8 * config.codebook_size
-        )
+        positions = self.prior.prefix_length + self.prior.length // self.prior.num_codebooks
+        numbers = 2 * config.depth * positions * config.dim + 8 * config.codebook_size
         guided = 2 if sampling.guidance_scale != 1 else 1
         return 4 * (guided * numbers + 3 * self.image_tokenizer.image_size**2 * 8)
 

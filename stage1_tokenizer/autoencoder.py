@@ -15,6 +15,7 @@ from common.errors import InputError
 from common.weights import find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.convolutions import Decoder, Encoder, TrunkConfig
+from stage1_tokenizer.patches import PatchEncoder
 
 
 class AutoencoderConfig(Config):
@@ -44,7 +45,8 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.trunk)
+        patchwise = config.trunk.encoder == "patchwise"
+        self.encoder = PatchEncoder(config.trunk) if patchwise else Encoder(config.trunk)
         self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.latent_dim)
         self.decoder = Decoder(config.trunk)
         self.to(memory_format=torch.channels_last)
@@ -112,5 +114,5 @@ class Autoencoder(nn.Module):
     def fingerprint(self) -> str:
         """Changes when codes come to mean something else: encoder weights and codebook (the decoder may learn on)."""
         parts = [*self.encoder.state_dict().items()]
-        parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k == "codebook"]
+        parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k.endswith("codebook")]
         return fingerprint(*(part for name, tensor in sorted(parts) for part in (name, tensor)))

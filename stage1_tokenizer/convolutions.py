@@ -5,6 +5,8 @@ Letters: B batch, C channels, H W pixels, h w latent grid, D latent channels. De
 level; encoder and decoder may have different numbers of blocks; attention sits at the deepest level and in the middle.
 """
 
+from typing import Literal
+
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
@@ -14,6 +16,7 @@ from common.config import Config
 
 
 class TrunkConfig(Config):
+    encoder: Literal["convolutional", "patchwise"] = "convolutional"  # patchwise: see patches.py
     channels: int = Field(128, ge=8)  # width of the first level
     multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)  # of the width, a level each
     encoder_blocks: int = Field(2, ge=1)  # residual blocks a level

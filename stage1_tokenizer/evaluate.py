@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from common.data import ImageFolder
-from common.metrics import perplexity, psnr
+from common.metrics import code_counts, perplexity, psnr
 from stage1_tokenizer.autoencoder import Autoencoder
 
 
@@ -18,19 +18,19 @@ def evaluate(model: str | Path, data: str | Path, split: str | None = None, batc
     """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
 
     PSNR in dB is the mean over pictures of 8-bit pictures; `codes_used` is the share of the codebook that occurs at
-    all, `perplexity` the exponential of the entropy of code use. Raises InputError for a wrong model or data folder,
+    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks. Raises InputError for a wrong model or data folder,
     or a broken picture.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.to(device)
-    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=device)
+    counts = torch.zeros(tokenizer.code_shape[0], tokenizer.codebook_size, dtype=torch.int64, device=device)  # (Q, K)
     figures, start = [], time.perf_counter()
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
         codes = tokenizer.encode(batch)
-        counts += codes.flatten().bincount(minlength=len(counts))
+        counts += code_counts(codes, tokenizer.codebook_size)
         figures.append(psnr(tokenizer.decode(codes), batch).cpu())
     seconds = time.perf_counter() - start
     return {

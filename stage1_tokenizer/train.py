@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
-from common.metrics import perplexity, psnr
+from common.metrics import code_counts, perplexity, psnr
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.losses.adversarial import (
@@ -104,7 +104,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             loss=loss,
             bottleneck=output.bottleneck_loss,
             psnr=psnr(output.images.detach(), images).mean(),
-            perplexity=perplexity(output.codes.flatten().bincount(minlength=bare.codebook_size)),
+            perplexity=perplexity(code_counts(output.codes, bare.codebook_size)),
         )
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module

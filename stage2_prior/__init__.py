@@ -1,7 +1,8 @@
 """Stage 2: condition -> codes."""
 
+from stage2_prior.base import flatten_codes, unflatten_codes
 from stage2_prior.load import load_prior
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior
 
-__all__ = ["GPTConfig", "GPTPrior", "Sampling", "load_prior", "sample"]
+__all__ = ["GPTConfig", "GPTPrior", "Sampling", "flatten_codes", "load_prior", "sample", "unflatten_codes"]

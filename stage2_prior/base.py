@@ -7,7 +7,19 @@ size, E width. A prefix is whatever stands for the condition, one row an image: 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from einops import rearrange
 from torch import Tensor, nn
+
+
+def flatten_codes(codes: Tensor) -> Tensor:
+    """The grid of an image as the sequence that a prior reads: (B, Q, h, w) -> (B, T)."""
+    return rearrange(codes, "b q h w -> b (h w q)")
+
+
+def unflatten_codes(sequence: Tensor, code_shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of `flatten_codes`, what an image tokenizer decodes: (B, T) -> (B, Q, h, w)."""
+    codebooks, height, _ = code_shape
+    return rearrange(sequence, "b (h w q) -> b q h w", q=codebooks, h=height)
 
 
 class Cache(ABC):
@@ -19,6 +31,7 @@ class Cache(ABC):
 
 
 class Prior(nn.Module, ABC):
+    code_shape: tuple[int, int, int]  # Q, h, w
     length: int  # T
     codebook_size: int  # K
     prefix_length: int  # P

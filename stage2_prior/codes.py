@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from common.config import Config, validate
 from common.data import Order
 from common.errors import InputError
+from stage2_prior.base import flatten_codes
 
 META = "meta.json"
 CAPTIONS = "captions.jsonl"
@@ -54,7 +55,7 @@ class Codes:
             shards = [load_file(folder / shard_name(i))["codes"] for i in range(self.meta.shards)]
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{folder} is not complete ({error}); run tessera encode again") from None
-        self.codes = torch.cat(shards).flatten(1)  # (rows, T) int32
+        self.codes = flatten_codes(torch.cat(shards))  # (rows, T) int32
         lines = (folder / CAPTIONS).read_text(encoding="utf-8").splitlines()
         if not len(lines) == len(self.codes) == self.meta.rows:
             raise InputError(f"{folder} has {len(self.codes)} rows of codes and {len(lines)} of captions; encode again")

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
+from stage2_prior.base import unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior
@@ -118,5 +119,5 @@ def _sample(run: Run, prior: GPTPrior, tokenizer: Autoencoder, recipe: PriorReci
     """A picture for each of the prompts, the same seeds every time."""
     prompts = recipe.prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
     drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), recipe.sampling)
-    images = tokenizer.decode(drawn.view(-1, *tokenizer.code_shape))
+    images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
     run.save_pictures("samples", images, list(prompts))

@@ -1,11 +1,14 @@
 """The GPT prior: one causal sequence of BPE text tokens and image codes (Ramesh et al. 2021, section 2.2).
 
-Letters: B batch, P text positions, T codes per image, L = P + T, K codebook size, V text vocabulary, E width.
+Letters: B batch, P text positions, Q codebooks, S = h·w image positions, T = S·Q codes per image, L = P + S, K codebook
+size, V text vocabulary, E width. A position of the image holds its Q codes: the trunk reads the sum of their embeddings
+and a head (`depth.py`) draws them one after the other.
 Text starts with <start> and is filled up with <pad>, which with its position makes DALL·E's padding token of that
 position. Text is predicted too, so log p(text) and log p(image | text) both exist. Deliberate differences from DALL·E:
 full attention everywhere, normalised queries and keys (Henry et al. 2020), root-mean-square norms, no biases.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,6 +24,7 @@ from common.errors import InputError
 from common.text import PAD, START, TextTokenizer
 from common.weights import save_pretrained
 from stage2_prior.base import Cache, Prior
+from stage2_prior.depth import DepthHead
 
 PLAIN_UP_TO = 512  # positions
 
@@ -43,8 +47,6 @@ class GPTConfig(Config):
     def _consistent(self) -> "GPTConfig":
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        if self.code_shape[0] != 1:
-            raise ValueError(f"the GPT prior reads one codebook a position, got code_shape {self.code_shape}")
         return self
 
 
@@ -54,14 +56,18 @@ class Predictions(NamedTuple):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of all layers, allocated once for all positions and filled from the left."""
+    """Keys and values of all layers, allocated once for all positions and filled from the left; where drawing stands."""
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: int, state: Tensor, drawn: Tensor) -> None:
         self.keys, self.values = keys, values  # (depth, N, heads, L, E / heads)
         self.length = length  # positions filled so far
+        self.state = state  # (N, E), the trunk's output at the last of them
+        self.drawn = drawn  # (N, q), the codes that were drawn from it so far
 
     def repeat(self, rows: Tensor) -> "KeyValueCache":
-        return KeyValueCache(self.keys[:, rows], self.values[:, rows], self.length)
+        return KeyValueCache(
+            self.keys[:, rows], self.values[:, rows], self.length, self.state[rows], self.drawn[rows]
+        )
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values (N, heads, S, E / heads) of new positions; returns all up to them."""
@@ -75,18 +81,18 @@ class GPTPrior(Prior):
     def __init__(self, config: GPTConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
         self.config, self.text_tokenizer = config, text_tokenizer
-        self.length = config.code_shape[0] * config.code_shape[1] * config.code_shape[2]
+        self.code_shape, self.length = config.code_shape, math.prod(config.code_shape)
         self.codebook_size, self.prefix_length = config.codebook_size, config.text_length
-        _, height, width = config.code_shape
+        self.num_codebooks, height, width = config.code_shape
         self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
         self.text_position = nn.Parameter(torch.randn(config.text_length, config.dim) * 0.02)
-        self.code_embedding = nn.Embedding(config.codebook_size, config.dim)
+        self.code_embedding = nn.Embedding(self.num_codebooks * config.codebook_size, config.dim)
         self.row_position = nn.Parameter(torch.randn(height, 1, config.dim) * 0.02)
         self.column_position = nn.Parameter(torch.randn(1, width, config.dim) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.code_head = nn.Linear(config.dim, config.codebook_size, bias=False)
-        for embedding in (self.text_embedding, self.code_embedding, self.code_head):
+        self.code_head = DepthHead(self.num_codebooks, config.codebook_size, config.dim)
+        for embedding in (self.text_embedding, self.code_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def save_pretrained(
@@ -122,42 +128,51 @@ class GPTPrior(Prior):
     # Training --------------------------------------------------------------------------------------------------------
 
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        x = self._trunk(prefix, codes)
-        return self.code_head(x[:, self.prefix_length - 1 :])
+        return self._code_logits(self._trunk(prefix, codes), codes)
 
     def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
         """Teacher-forced logits of text and codes alike: prefix (B, P), codes (B, T) int64."""
         x = self._trunk(prefix, codes)
         text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
-        return Predictions(text, self.code_head(x[:, self.prefix_length - 1 :]))
+        return Predictions(text, self._code_logits(x, codes))
 
     def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        """(B, P), (B, T) -> (B, P + T - 1, E): what each position knows about the next one."""
-        x = torch.cat([self._embed_text(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
+        """(B, P), (B, T) -> (B, P + S - 1, E): what each position knows about the next one."""
+        before = codes[:, : -self.num_codebooks]
+        x = torch.cat([self._embed_text(prefix), self._embed_codes(before, 0)], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def _code_logits(self, x: Tensor, codes: Tensor) -> Tensor:
+        """The trunk's output (B, P + S - 1, E) and the codes (B, T) -> (B, T, K)."""
+        positions = rearrange(codes, "b (s q) -> b s q", q=self.num_codebooks)
+        return self.code_head(x[:, self.prefix_length - 1 :], positions).flatten(1, 2)
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
     def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValueCache]:
         config = self.config
-        shape = (config.depth, len(prefix), config.num_heads, prefix.shape[1] + length, config.dim // config.num_heads)
+        room = prefix.shape[1] + length // self.num_codebooks
+        shape = (config.depth, len(prefix), config.num_heads, room, config.dim // config.num_heads)
         empty = self.text_embedding.weight.new_zeros(shape)
-        cache = KeyValueCache(empty, torch.zeros_like(empty), 0)
+        cache = KeyValueCache(empty, torch.zeros_like(empty), 0, empty[0, :, 0, 0], prefix[:, :0])
         return self._advance(self._embed_text(prefix), cache), cache
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         assert isinstance(cache, KeyValueCache)
-        position = cache.length - self.prefix_length
-        return self._advance(self._embed_codes(codes.unsqueeze(1), position), cache)
+        cache.drawn = torch.cat([cache.drawn, codes.unsqueeze(1)], dim=1)
+        if cache.drawn.shape[1] < self.num_codebooks:
+            return self.code_head.logits(cache.state, cache.drawn)
+        return self._advance(self._embed_codes(cache.drawn, cache.length - self.prefix_length), cache)
 
     def _advance(self, x: Tensor, cache: KeyValueCache) -> Tensor:
-        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
+        """New positions (N, new, E) -> logits of the first code after the last one (N, K)."""
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         cache.length += x.shape[1]
-        return self.code_head(self.norm(x[:, -1]))
+        cache.state, cache.drawn = self.norm(x[:, -1]), cache.drawn[:, :0]
+        return self.code_head.logits(cache.state, cache.drawn)
 
     # Embeddings ------------------------------------------------------------------------------------------------------
 
@@ -165,9 +180,11 @@ class GPTPrior(Prior):
         return self.text_embedding(prefix) + self.text_position
 
     def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
-        """Codes (B, S) that stand at positions first..first+S-1 -> (B, S, E)."""
-        positions = (self.row_position + self.column_position).flatten(0, 1)  # (T, E)
-        return self.code_embedding(codes) + positions[first : first + codes.shape[1]]
+        """All codes (B, n·Q) of n positions from `first` on -> (B, n, E)."""
+        positions = (self.row_position + self.column_position).flatten(0, 1)  # (S, E)
+        table = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size  # each codebook its own rows
+        own = rearrange(codes, "b (n q) -> b n q", q=self.num_codebooks) + table
+        return self.code_embedding(own).sum(2) + positions[first : first + own.shape[1]]
 
 
 class Block(nn.Module):

@@ -119,5 +119,5 @@ def test_psnr_and_perplexity_equal_their_closed_forms():
     reference = -torch.ones(1, 3, 4, 4)
     off_by_51 = reference + 51 / 127.5
     assert psnr(off_by_51, reference).item() == pytest.approx(20 * np.log10(255 / 51), abs=1e-4)
-    assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4)
-    assert perplexity(torch.tensor([7, 0, 0])) == pytest.approx(1)
+    assert perplexity(torch.tensor([[5, 5, 5, 5], [1, 1, 0, 0]])) == pytest.approx(3)
+    assert perplexity(torch.tensor([[7, 0, 0]])) == pytest.approx(1)

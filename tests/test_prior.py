@@ -15,12 +15,12 @@ from stage2_prior.train import Objective
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心", "a small dog in the top left corner"]
 
 
-@pytest.fixture(scope="module")
-def prior() -> GPTPrior:
+@pytest.fixture(scope="module", params=[(1, 3, 4), (3, 2, 2)], ids=["one codebook", "three codebooks"])
+def prior(request) -> GPTPrior:
     torch.manual_seed(0)
     tokenizer = TextTokenizer.train(TEXTS, vocab_size=300)
     config = GPTConfig(
-        codebook_size=11, code_shape=(1, 3, 4), text_vocab_size=tokenizer.vocab_size, text_length=40, dim=32, depth=3,
+        codebook_size=11, code_shape=request.param, text_vocab_size=tokenizer.vocab_size, text_length=40, dim=32, depth=3,
         num_heads=4, text_tokenizer_fingerprint=tokenizer.fingerprint,
     )  # fmt: skip
     prior = GPTPrior(config, tokenizer)

@@ -15,7 +15,7 @@ from common.images import to_pil
 from pipelines import text_to_image
 from pipelines.text_to_image import Generated, TextToImagePipeline, batches, check_prompt, find_device, free_memory
 from rerank import ClipReranker
-from stage2_prior import sample
+from stage2_prior import sample, unflatten_codes
 from tests.conftest import tiny_prior
 
 PROMPT = "a red heart above a blue circle"
@@ -81,7 +81,8 @@ def test_pictures_are_the_sampled_codes_decoded(tiny_pipeline: TextToImagePipeli
     """The pipeline against its parts, called one by one."""
     generated = tiny_pipeline(PROMPT, num_images_per_prompt=3, num_candidates=3, rerank=False)
     prior, tokenizer = tiny_pipeline.prior, tiny_pipeline.image_tokenizer
-    codes = sample(prior, prior.prefix([PROMPT]), [0, 1, 2], tiny_pipeline.sampling).view(3, *tokenizer.code_shape)
+    sequences = sample(prior, prior.prefix([PROMPT]), [0, 1, 2], tiny_pipeline.sampling)
+    codes = unflatten_codes(sequences, tokenizer.code_shape)
     assert torch.equal(codes, generated.codes)
     assert [image.tobytes() for row in codes for image in to_pil(tokenizer.decode(row[None]))] == pixels(generated)
 

@@ -6,10 +6,11 @@ from pydantic import Field
 
 from common.config import Config
 from stage1_tokenizer.bottlenecks.base import Bottleneck, Bottlenecked
+from stage1_tokenizer.bottlenecks.residual import ResidualQuantizer
 from stage1_tokenizer.bottlenecks.vq import VectorQuantizer
 from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
 
-__all__ = ["Bottleneck", "BottleneckConfig", "Bottlenecked", "VQConfig", "VQEMAConfig", "build_bottleneck"]
+__all__ = ["Bottleneck", "BottleneckConfig", "Bottlenecked", "ResidualConfig", "VQConfig", "VQEMAConfig", "build_bottleneck"]
 
 
 class VQConfig(Config):
@@ -27,15 +28,28 @@ class VQEMAConfig(Config):
     patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
 
 
-BottleneckConfig = Annotated[VQConfig | VQEMAConfig, Field(discriminator="type")]
+class ResidualConfig(Config):
+    type: Literal["residual"] = "residual"
+    num_codebooks: int = Field(4, ge=1)  # Q
+    codebook_size: int = Field(1024, ge=2)  # K, of each
+    beta: float = Field(0.25, ge=0)  # commitment weight
+    decay: float = Field(0.99, gt=0, lt=1)  # of the running means
+    patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
 
 
-def build_bottleneck(config: VQConfig | VQEMAConfig, dim: int) -> Bottleneck:
+BottleneckConfig = Annotated[VQConfig | VQEMAConfig | ResidualConfig, Field(discriminator="type")]
+
+
+def build_bottleneck(config: VQConfig | VQEMAConfig | ResidualConfig, dim: int) -> Bottleneck:
     """The bottleneck of `config` for latents of `dim` channels."""
     match config:
         case VQConfig():
             return VectorQuantizer(config.codebook_size, dim, config.beta, config.patience)
         case VQEMAConfig():
             return EMAVectorQuantizer(config.codebook_size, dim, config.beta, config.decay, config.patience)
+        case ResidualConfig():
+            return ResidualQuantizer(
+                config.num_codebooks, config.codebook_size, dim, config.beta, config.decay, config.patience
+            )
         case _:
             assert_never(config)
