@@ -3,7 +3,7 @@ import torch
 
 from common.errors import InputError
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
-from stage1_tokenizer.bottlenecks import BottleneckConfig, VQConfig, VQEMAConfig
+from stage1_tokenizer.bottlenecks import BottleneckConfig, ResidualConfig, VQConfig, VQEMAConfig
 from stage1_tokenizer.convolutions import TrunkConfig
 
 
@@ -18,16 +18,31 @@ def tiny(bottleneck: BottleneckConfig | None = None, **trunk) -> Autoencoder:
     return model.eval()
 
 
-@pytest.mark.parametrize("bottleneck", [VQConfig(codebook_size=32), VQEMAConfig(codebook_size=32)])
-@pytest.mark.parametrize("trunk", [{}, {"patch_size": 4}, {"multipliers": (1, 1, 2), "attention": False}])
+@pytest.mark.parametrize(
+    "bottleneck", [VQConfig(codebook_size=32), VQEMAConfig(codebook_size=32), ResidualConfig(codebook_size=32)]
+)
+@pytest.mark.parametrize("trunk", [{}, {"patch_size": 4}, {"multipliers": (1, 1, 2), "attention": False}, {"encoder": "patchwise"}])
 def test_encode_then_decode_equals_forward(bottleneck, trunk):
     model = tiny(bottleneck, **trunk)
     images = torch.rand(2, 3, 16, 32) * 2 - 1
     output = model(images)
     codes = model.encode(images)
     assert torch.equal(codes, output.codes)
-    assert codes.shape == (2, 1, 16 // model.factor, 32 // model.factor)
+    assert codes.shape == (2, model.bottleneck.num_codebooks, 16 // model.factor, 32 // model.factor)
     torch.testing.assert_close(model.decode(codes), output.images.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_patchwise_encoder_gives_a_patch_the_same_codes_anywhere():
+    model = tiny(ResidualConfig(codebook_size=32), encoder="patchwise", patch_size=2)
+    assert model.factor == 4
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    codes = model.encode(images)
+    assert torch.equal(model.encode(images.roll((4, -8), (2, 3))), codes.roll((1, -2), (2, 3)))
+    changed = images.clone()
+    changed[:, :, 5, 9] = -changed[:, :, 5, 9]
+    z, moved = model.encoder(images), model.encoder(changed)
+    assert ((z - moved).abs().amax(1)[0] > 0).nonzero().tolist() == [[1, 2]]
 
 
 def test_saved_and_loaded_is_the_same_model(tmp_path):

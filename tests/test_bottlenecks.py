@@ -5,10 +5,14 @@ import copy
 import pytest
 import torch
 
-from stage1_tokenizer.bottlenecks import BottleneckConfig, VQConfig, VQEMAConfig, build_bottleneck
+from stage1_tokenizer.bottlenecks import BottleneckConfig, ResidualConfig, VQConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.bottlenecks.codebook import Revival, nearest
 
-CONFIGS: list[BottleneckConfig] = [VQConfig(codebook_size=16), VQEMAConfig(codebook_size=16)]
+CONFIGS: list[BottleneckConfig] = [
+    VQConfig(codebook_size=16),
+    VQEMAConfig(codebook_size=16),
+    ResidualConfig(num_codebooks=3, codebook_size=16),
+]
 DIM = 4
 
 
@@ -83,6 +87,36 @@ def test_ema_codebook_is_the_running_mean_of_what_chose_each_code():
     ema(torch.tensor([-3.0, -2.0, 5.0]).view(3, 1, 1, 1))
     # counts: 0.9 * 1 + 0.1 * (2, 1); sums: 0.9 * (-1, 1) + 0.1 * (-5, 5)
     torch.testing.assert_close(ema.codebook.flatten(), torch.tensor([-1.4 / 1.1, 1.4 / 1.0]))
+
+
+def test_each_residual_code_is_the_nearest_to_what_those_before_left_over():
+    torch.manual_seed(0)
+    residual = build_bottleneck(ResidualConfig(num_codebooks=3, codebook_size=8, beta=0.5), DIM)
+    residual(torch.randn(8, DIM, 4, 4))
+    z = torch.randn(1, DIM, 1, 1, requires_grad=True)
+    output = residual.eval()(z)
+    left, squares = z.detach().flatten(), []
+    for q, level in enumerate(residual.levels):
+        k = min(range(8), key=lambda k: float((left - level.codebook[k]).norm()))
+        assert output.codes[0, q, 0, 0] == k
+        left = left - level.codebook[k]
+        squares.append(left)
+    torch.testing.assert_close(output.loss, 0.5 * torch.stack(squares).square().mean())
+    output.loss.backward()  # d/dz of the mean over the three of beta * |z - sum of codes so far|^2 / D
+    torch.testing.assert_close(z.grad.flatten(), 0.5 * 2 * torch.stack(squares).mean(0) / DIM)
+
+
+def test_residual_codebooks_shrink_the_error_one_by_one():
+    torch.manual_seed(0)
+    residual = build_bottleneck(ResidualConfig(num_codebooks=4, codebook_size=32, decay=0.9, patience=10), DIM)
+    for _ in range(100):
+        residual(torch.randn(16, DIM, 4, 4))
+    z = torch.randn(64, DIM, 4, 4)
+    codes, quantized, errors = residual.eval()(z).codes, torch.zeros_like(z), []
+    for q, level in enumerate(residual.levels):
+        quantized = quantized + level.lookup(codes[:, q : q + 1])
+        errors.append(float((z - quantized).square().mean()))
+    assert all(after < 0.7 * before for before, after in zip(errors, errors[1:], strict=False))
 
 
 def test_unused_codes_come_back_as_vectors_that_occur():

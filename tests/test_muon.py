@@ -1,0 +1,59 @@
+import copy
+
+import pytest
+import torch
+
+from common.muon import Muon, orthogonal
+from common.training import multiplies_bfloat16
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])
+def test_singular_values_come_to_one_and_singular_vectors_stay(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ orthogonal(matrices) @ vh.mT  # diagonal, in the singular vectors of the input
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(inner, torch.diag_embed(values), rtol=0, atol=1e-4)
+
+
+def test_steps_equal_torchs_own_muon_to_its_precision():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 8, 20), torch.randn(5, 2, 8, 20)
+    ours = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    theirs = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    optimizers = [
+        Muon(ours, lr=0.1, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),  # bfloat16
+    ]
+    for pair in gradients:
+        for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for parameter, gradient in zip(parameters, pair, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for mine, other, first in zip(ours, theirs, start, strict=True):
+        assert (mine - other).abs().max() < 0.03 * (mine - first).abs().max()
+
+
+def test_state_loads_into_a_new_optimizer():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer = Muon([matrix], lr=0.1)
+    matrix.grad = torch.randn(4, 6)
+    optimizer.step()
+    again = torch.nn.Parameter(matrix.detach().clone())
+    resumed = Muon([again], lr=0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    matrix.grad = again.grad = torch.randn(4, 6)
+    optimizer.step()
+    resumed.step()
+    assert torch.equal(matrix, again)
+
+
+def test_bfloat16_is_chosen_by_what_the_cpu_can_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert not multiplies_bfloat16()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
+    assert multiplies_bfloat16()
