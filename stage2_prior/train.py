@@ -14,6 +14,7 @@ from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
 from stage2_prior.base import unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
+from stage2_prior.load import load_prior
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior
 
@@ -33,8 +34,10 @@ class PriorRecipe(Config):
     codes: Path  # written by tessera encode
     text_tokenizer: Path
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
+    prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
     model: GPTSize = GPTSize()
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
+    depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
     prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
@@ -43,7 +46,10 @@ class PriorRecipe(Config):
 
 
 class Objective(nn.Module):
-    """Prefixes and codes -> mean losses of text and image in nats a token; one module, for several processes."""
+    """Prefixes and codes -> the mean loss of the text, and of each codebook (Q,), in nats a token.
+
+    One module, for several processes.
+    """
 
     def __init__(self, prior: GPTPrior) -> None:
         super().__init__()
@@ -51,7 +57,8 @@ class Objective(nn.Module):
 
     def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         predictions = self.prior.predict(prefix, codes)
-        image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten())
+        image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
+        image = image.view(-1, self.prior.num_codebooks).mean(0)
         # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
         said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
         targets = prefix[:, 1:].masked_fill(~said, -100)
@@ -65,21 +72,15 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     codes = Codes(recipe.codes)
     text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
     image_tokenizer = _image_tokenizer(recipe, codes)
-    config = GPTConfig(
-        codebook_size=codes.meta.codebook_size,
-        code_shape=codes.meta.code_shape,
-        text_vocab_size=text_tokenizer.vocab_size,
-        image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
-        text_tokenizer_fingerprint=text_tokenizer.fingerprint,
-        **recipe.model.model_dump(),
-    )
     torch.manual_seed(recipe.run.seed)
-    prior = GPTPrior(config, text_tokenizer)
+    prior = _prior(recipe, codes, text_tokenizer)
 
     run = Run(recipe.run, recipe)
     average = run.averaged("average", prior)
     objective = run.prepare("prior", Objective(prior))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
+    depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
+    depth_weights = depth_weights / depth_weights.sum()
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
@@ -88,11 +89,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
         with run.autocast():
-            text_loss, image_loss = objective(prefix, batch.codes.to(run.device))
+            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
+        image_loss = (depth_weights * depth_losses).sum()
         loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(loss=loss, text=text_loss, image=image_loss)
+        run.log(loss=loss, text=text_loss, image=depth_losses.mean(), first=depth_losses[0])
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
@@ -101,6 +103,27 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             if image_tokenizer is not None:
                 _sample(run, exported, image_tokenizer.to(run.device), recipe, codes)
     return folder
+
+
+def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> GPTPrior:
+    """A new prior for the codes, or the one that the recipe goes on from."""
+    if recipe.prior is None:
+        config = GPTConfig(
+            codebook_size=codes.meta.codebook_size,
+            code_shape=codes.meta.code_shape,
+            text_vocab_size=text_tokenizer.vocab_size,
+            image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
+            text_tokenizer_fingerprint=text_tokenizer.fingerprint,
+            **recipe.model.model_dump(),
+        )
+        return GPTPrior(config, text_tokenizer)
+    prior = load_prior(recipe.prior, text_tokenizer)
+    if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
+        raise InputError(
+            f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
+            f"{recipe.codes} holds codes of {codes.meta.tokenizer_fingerprint}; encode with the prior's own tokenizer"
+        )
+    return prior.train()
 
 
 def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:

@@ -1,6 +1,7 @@
 """Law 6 on one process: killed and resumed, training ends bit-equal to a run that was never interrupted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -131,7 +132,22 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):
         stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/run", "model.dim=32", "run.steps=9"])
 
 
+def test_a_prior_goes_on_from_the_weights_of_another(world, tmp_path):
+    first = stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/first"])
+    still = ["run.steps=1", "optimizer.learning_rate=1e-9", f"run.output={tmp_path}/second"]
+    second = stage2_prior.train.train(world / "prior.yaml", [f"prior={first}", *still])
+    for name, tensor in weights(first).items():
+        torch.testing.assert_close(weights(second)[name], tensor, msg=name)
+
+
 def test_codes_of_another_tokenizer_are_refused(world, tmp_path):
+    first = stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/first"])
+    codes = json.loads((world / "codes" / "meta.json").read_text()) | {"tokenizer_fingerprint": "another"}
+    shutil.copytree(world / "codes", tmp_path / "codes")
+    (tmp_path / "codes" / "meta.json").write_text(json.dumps(codes))
+    with pytest.raises(InputError, match="draws codes of tokenizer .* holds codes of another"):
+        overrides = [f"prior={first}", f"codes={tmp_path}/codes", "image_tokenizer=null"]
+        stage2_prior.train.train(world / "prior.yaml", [*overrides, f"run.output={tmp_path}/run"])
     other = stage1_tokenizer.train.train(world / "tokenizer.yaml", [f"run.output={tmp_path}/other", "run.seed=1"])
     with pytest.raises(InputError, match="were made by tokenizer"):
         stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/run", f"image_tokenizer={other}"])
