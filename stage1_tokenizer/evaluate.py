@@ -18,8 +18,8 @@ def evaluate(model: str | Path, data: str | Path, split: str | None = None, batc
     """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
 
     PSNR in dB is the mean over pictures of 8-bit pictures; `codes_used` is the share of the codebook that occurs at
-    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks. Raises InputError for a wrong model or data folder,
-    or a broken picture.
+    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks.
+    Raises InputError for a wrong model or data folder, or a broken picture.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)

@@ -21,7 +21,9 @@ def tiny(bottleneck: BottleneckConfig | None = None, **trunk) -> Autoencoder:
 @pytest.mark.parametrize(
     "bottleneck", [VQConfig(codebook_size=32), VQEMAConfig(codebook_size=32), ResidualConfig(codebook_size=32)]
 )
-@pytest.mark.parametrize("trunk", [{}, {"patch_size": 4}, {"multipliers": (1, 1, 2), "attention": False}, {"encoder": "patchwise"}])
+@pytest.mark.parametrize(
+    "trunk", [{}, {"patch_size": 4}, {"multipliers": (1, 1, 2), "attention": False}, {"encoder": "patchwise"}]
+)
 def test_encode_then_decode_equals_forward(bottleneck, trunk):
     model = tiny(bottleneck, **trunk)
     images = torch.rand(2, 3, 16, 32) * 2 - 1

@@ -10,7 +10,15 @@ from stage1_tokenizer.bottlenecks.residual import ResidualQuantizer
 from stage1_tokenizer.bottlenecks.vq import VectorQuantizer
 from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
 
-__all__ = ["Bottleneck", "BottleneckConfig", "Bottlenecked", "ResidualConfig", "VQConfig", "VQEMAConfig", "build_bottleneck"]
+__all__ = [
+    "Bottleneck",
+    "BottleneckConfig",
+    "Bottlenecked",
+    "ResidualConfig",
+    "VQConfig",
+    "VQEMAConfig",
+    "build_bottleneck",
+]
 
 
 class VQConfig(Config):
