@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal before the step.
 
-torch.optim.Muon computes in bfloat16 alone, which takes a hundred times as long on CPUs that do not multiply in it, and one
-matrix at a time. This one computes in the precision the hardware has, and matrices of one shape together. Updates are
-scaled to the root mean square of AdamW's (Liu et al. 2025, section 2.2), so both can share a learning rate.
+torch.optim.Muon computes in bfloat16 alone, which takes a hundred times as long on CPUs that do not multiply in it, and
+one matrix at a time. This one computes in the precision the hardware has, and matrices of one shape together. Updates
+are scaled to the root mean square of AdamW's (Liu et al. 2025, section 2.2), so both can share a learning rate.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""An encoder that sees each patch alone: the same thing gets the same codes wherever it stands and whatever is beside it.
+"""An encoder that sees each patch alone: a thing gets the same codes wherever it stands and whatever is beside it.
 
 A convolutional encoder reads a patch together with its surroundings, and through its norms and attention with the whole
 picture, so that a glyph's codes change with its neighbours and background. Codes of single patches do not: what a prior

@@ -56,7 +56,7 @@ class Predictions(NamedTuple):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of all layers, allocated once for all positions and filled from the left; where drawing stands."""
+    """Keys and values of all layers, allocated once for all positions, filled from the left; where drawing stands."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, state: Tensor, drawn: Tensor) -> None:
         self.keys, self.values = keys, values  # (depth, N, heads, L, E / heads)
@@ -65,9 +65,7 @@ class KeyValueCache(Cache):
         self.drawn = drawn  # (N, q), the codes that were drawn from it so far
 
     def repeat(self, rows: Tensor) -> "KeyValueCache":
-        return KeyValueCache(
-            self.keys[:, rows], self.values[:, rows], self.length, self.state[rows], self.drawn[rows]
-        )
+        return KeyValueCache(self.keys[:, rows], self.values[:, rows], self.length, self.state[rows], self.drawn[rows])
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values (N, heads, S, E / heads) of new positions; returns all up to them."""

@@ -20,8 +20,8 @@ def prior(request) -> GPTPrior:
     torch.manual_seed(0)
     tokenizer = TextTokenizer.train(TEXTS, vocab_size=300)
     config = GPTConfig(
-        codebook_size=11, code_shape=request.param, text_vocab_size=tokenizer.vocab_size, text_length=40, dim=32, depth=3,
-        num_heads=4, text_tokenizer_fingerprint=tokenizer.fingerprint,
+        codebook_size=11, code_shape=request.param, text_vocab_size=tokenizer.vocab_size, text_length=40, dim=32,
+        depth=3, num_heads=4, text_tokenizer_fingerprint=tokenizer.fingerprint,
     )  # fmt: skip
     prior = GPTPrior(config, tokenizer)
     for parameter in prior.parameters():  # blocks start as the identity; these are to do something
