@@ -64,9 +64,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, D, h, w) -> (B, 3, H, W), close to [-1, 1] but not clipped."""
+    """(B, D, h, w) -> (B, channels, H, W), unbounded."""
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, config: TrunkConfig, channels: int = 3) -> None:
         super().__init__()
         widths = config.widths
         width = widths[-1]
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks, *up))
             width = wide
         self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 3 * config.patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, channels * config.patch_size**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.middle(self.conv_in(latents))

@@ -18,21 +18,29 @@ def evaluate(model: str | Path, data: str | Path, split: str | None = None, batc
     """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
 
     PSNR in dB is the mean over pictures of 8-bit pictures; `codes_used` is the share of the codebook that occurs at
-    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks. Raises InputError for a wrong model or data folder,
-    or a broken picture.
+    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left out for a
+    continuous tokenizer. Raises InputError for a wrong model or data folder, or a broken picture.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.to(device)
-    counts = torch.zeros(tokenizer.code_shape[0], tokenizer.codebook_size, dtype=torch.int64, device=device)  # (Q, K)
+    counts = torch.zeros((), dtype=torch.int64, device=device)  # (Q, K) once there are codes
     figures, start = [], time.perf_counter()
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
-        codes = tokenizer.encode(batch)
-        counts += code_counts(codes, tokenizer.codebook_size)
-        figures.append(psnr(tokenizer.decode(codes), batch).cpu())
+        if tokenizer.continuous:
+            decoded = tokenizer.decode_latents(tokenizer.encode_latents(batch))
+        else:
+            codes = tokenizer.encode(batch)
+            counts = counts + code_counts(codes, tokenizer.codebook_size)
+            decoded = tokenizer.decode(codes)
+        figures.append(psnr(decoded, batch).cpu())
     seconds = time.perf_counter() - start
+    of_codes: dict[str, float] = {}
+    if not tokenizer.continuous:
+        used = round(float((counts > 0).float().mean()), 4)
+        of_codes = {"codes_used": used, "perplexity": round(perplexity(counts), 1)}
     return {
         "model": str(model),
         "data": str(data),
@@ -40,7 +48,6 @@ def evaluate(model: str | Path, data: str | Path, split: str | None = None, batc
         "pictures": len(images),
         "image_size": tokenizer.image_size,
         "psnr": round(float(torch.cat(figures).mean()), 3),
-        "codes_used": round(float((counts > 0).float().mean()), 4),
-        "perplexity": round(perplexity(counts), 1),
+        **of_codes,
         "images_per_second": round(len(images) / seconds, 1),
     }

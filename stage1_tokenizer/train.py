@@ -104,8 +104,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             loss=loss,
             bottleneck=output.bottleneck_loss,
             psnr=psnr(output.images.detach(), images).mean(),
-            perplexity=perplexity(code_counts(output.codes, bare.codebook_size)),
         )
+        if output.codes is not None:
+            run.log(perplexity=perplexity(code_counts(output.codes, bare.codebook_size)))
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
             assert isinstance(exported, Autoencoder)
@@ -115,13 +116,14 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
 
 def fix_codes(autoencoder: Autoencoder, averaged: nn.Module | None) -> None:
-    """Ends the learning of encoder and codebook, at the averaged encoder if one is given.
+    """Ends the learning of encoder and bottleneck, at the averaged ones if they are given.
 
     A prior can then be trained on the codes of the weights exported so far while the decoder learns on.
     """
     if averaged is not None:
         assert isinstance(averaged, Autoencoder)
         autoencoder.encoder.load_state_dict(averaged.encoder.state_dict())
+        autoencoder.bottleneck.load_state_dict(averaged.bottleneck.state_dict())
     autoencoder.encoder.requires_grad_(False)
     autoencoder.bottleneck.eval().requires_grad_(False)
 
@@ -137,8 +139,7 @@ def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None
     autoencoder.eval()
     wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
     images = torch.stack([validation.image(i) for i in wanted]).to(run.device)
-    codes = torch.cat([autoencoder.encode(part) for part in images.split(64)])
-    decoded = torch.cat([autoencoder.decode(part) for part in codes.split(64)])
+    decoded = torch.cat([autoencoder.decode_latents(autoencoder.encode_latents(part)) for part in images.split(64)])
     run.log_now(**{"validation/psnr": float(psnr(decoded, images).mean())})
     shown = [pair for i in range(0, min(256, len(images)), 16) for pair in (images[i], decoded[i])]
     labels = [label for i in range(len(shown) // 2) for label in ("image", "reconstruction")]

@@ -6,17 +6,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stage1_tokenizer.bottlenecks.base import Bottleneck, Bottlenecked
-from stage1_tokenizer.bottlenecks.codebook import Revival, nearest, straight_through, sum_over_processes
+from stage1_tokenizer.bottlenecks.codebook import Gradient, Revival, nearest, pass_gradient, sum_over_processes
 
 
 class VectorQuantizer(Bottleneck):
     """K vectors of D channels. The commitment weight beta multiplies the commitment term (taming's default did not)."""
 
+    codebook_size: int
     num_codebooks = 1
 
-    def __init__(self, codebook_size: int, dim: int, beta: float, patience: int) -> None:
+    def __init__(
+        self, codebook_size: int, dim: int, beta: float, patience: int, gradient: Gradient = "straight-through"
+    ) -> None:
         super().__init__()
-        self.codebook_size, self.beta = codebook_size, beta
+        self.codebook_size, self.beta, self.gradient = codebook_size, beta, gradient
         self.codebook = nn.Parameter(torch.randn(codebook_size, dim) / codebook_size)  # (K, D)
         self.revival = Revival(codebook_size, patience)
 
@@ -33,7 +36,8 @@ class VectorQuantizer(Bottleneck):
         quantized = self.lookup(codes)
         codebook_loss = F.mse_loss(quantized, z.detach())  # moves codes towards the encoder
         commitment_loss = F.mse_loss(z, quantized.detach())  # moves the encoder towards its codes
-        return Bottlenecked(straight_through(z, quantized), codes, codebook_loss + self.beta * commitment_loss)
+        latents = pass_gradient(z, quantized, self.gradient)
+        return Bottlenecked(latents, codes, codebook_loss + self.beta * commitment_loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return rearrange(self.codebook[codes[:, 0]], "b h w d -> b d h w")
