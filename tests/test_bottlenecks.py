@@ -256,7 +256,7 @@ def test_the_kinds_of_gradient_are_equal_in_the_forward_and_differ_in_the_backwa
 
 
 def test_rotation_is_an_orthogonal_map_that_brings_z_to_its_code():
-    """Against the matrices of equation 4, built from two Householder reflections a position."""
+    """Against matrices built from two Householder reflections a position."""
     torch.manual_seed(0)
     z = torch.randn(2, DIM, 3, 3, dtype=torch.float64, requires_grad=True)
     quantized, weights = torch.randn(2, 2, DIM, 3, 3, dtype=torch.float64)

@@ -68,7 +68,7 @@ class VQEMAConfig(Config):
 class VQL2Config(Config):
     type: Literal["vq-l2"] = "vq-l2"
     codebook_size: int = Field(8192, ge=2)  # K
-    code_dim: int = Field(32, ge=2)  # d, the few dimensions; Yu et al. went from 256 down to 4
+    code_dim: int = Field(32, ge=2)  # d, the few dimensions; Yu et al. take 32
     beta: float = Field(0.25, ge=0)  # commitment weight
     patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
     gradient: Gradient = "straight-through"

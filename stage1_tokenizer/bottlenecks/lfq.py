@@ -3,7 +3,7 @@
 A 1x1 convolution brings the D channels down to log2(K) numbers; their signs are the bits of the code. The entropy loss
 E[H(q(c|z))] - H(E[q(c|z)]) asks each position to be sure and all of them together to use all codes, with
 q(c|z) = softmax over c of -|z - c|^2 / temperature. Over K codes this costs a (positions, K) table, so bits beyond
-GROUP are taken in groups, as if independent (Zhao et al. 2024, section 3.2): exact up to K = 1024. The mean over
+GROUP are taken in groups, as if independent (Zhao et al. 2024): exact up to K = 1024. The mean over
 positions is that of one process.
 """
 

@@ -1,4 +1,4 @@
-"""Vector quantization with a codebook that moves as one: SimVQ (Zhu et al. 2024, section 4 and algorithm 1).
+"""Vector quantization with a codebook that moves as one: SimVQ (Zhu et al. 2024).
 
 The codes are C W: K frozen random vectors C, and a linear map W that learns. A gradient to one code turns W and with it
 all the others, so none is left behind. Deliberate differences from the authors' code: W has no bias, as in the paper,

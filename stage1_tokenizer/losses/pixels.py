@@ -43,7 +43,7 @@ def bernoulli_loss(output: Tensor, images: Tensor) -> Tensor:
 
 
 def logit_laplace_loss(output: Tensor, images: Tensor) -> Tensor:
-    """-log p of pictures (B, 3, H, W) in [-1, 1] under means and log scales (B, 6, H, W): equation 2 of the paper.
+    """-log p of pictures (B, 3, H, W) in [-1, 1] under means and log scales (B, 6, H, W): appendix A.3.
 
     The density is that of the picture brought into [EPSILON, 1 - EPSILON].
     """
