@@ -112,7 +112,7 @@ def _torchvision_features(net: LPIPSNet, weights: Path | None) -> nn.Sequential:
         ) from error
     except Exception as error:  # pickle, zip and torch each raise their own kinds here
         raise InputError(
-            f"loss.perceptual.weights: {weights or name} cannot be read as weights ({_line(error)}); "
+            f"loss.perceptual.weights: {weights or name} cannot be read as weights ({type(error).__name__}); "
             f"give torchvision's file of {name}"
         ) from error
     with torch.device("meta"):  # the classifier on top is never made
