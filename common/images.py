@@ -19,6 +19,8 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # PIL clips these to 8 bits instead of scaling them
+                image = _to_8_bits(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -27,6 +29,14 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path} does not exist; give the path of a picture") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable picture ({' '.join(str(error).split())})") from None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A gray picture of more than 8 bits: of 16 bits by its format, of floats by its own range."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("F"):
+        values = (values - values.min()) / max(float(np.ptp(values)), 1e-12) * 65535
+    return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -26,3 +26,27 @@ def perplexity(counts: Tensor) -> float:
     """
     probabilities = counts.double() / counts.sum(1, keepdim=True)
     return float(torch.exp(torch.special.entr(probabilities).sum(1)).mean())
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity of each picture (Wang et al. 2004, Gaussian window of 11, sigma 1.5): (B,), 1 when equal.
+
+    (B, 3, H, W) in [-1, 1], rounded to 8 bits first; needs torchmetrics.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first, second = (((x.float().clamp(-1, 1) + 1) * 127.5).round() / 255 for x in (images, reference))
+    value: Tensor = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+    return value.reshape(len(images))
+
+
+def frechet_distance(features: Tensor, reference: Tensor) -> float:
+    """Distance between the Gaussians of two sets of features (N, C), (M, C) (Heusel et al. 2017, equation 6).
+
+    |m - m'|^2 + tr(S + S' - 2 (S S')^1/2), in double precision; S S' has the eigenvalues of a positive matrix, so the
+    trace of its root is the sum of their roots. With features of Inception this is FID.
+    """
+    first, second = features.double(), reference.double()
+    roots = torch.linalg.eigvals(first.T.cov().atleast_2d() @ second.T.cov().atleast_2d()).real.clamp_min(0).sqrt()
+    difference = first.mean(0) - second.mean(0)
+    return float(difference.square().sum() + first.var(0).sum() + second.var(0).sum() - 2 * roots.sum())

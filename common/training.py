@@ -330,7 +330,7 @@ class Optimizers:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the hardware has bfloat16 matrix arithmetic. A CPU without it takes a hundred times as long."""
+    """Whether the hardware has bfloat16 matrix arithmetic; a CPU without it takes a hundred times as long."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -228,6 +228,30 @@ def evaluate_tokenizer(
     _print_report(evaluate(model, data, split), as_json)
 
 
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    model: Annotated[str | None, typer.Option(help="A tokenizer's folder or hub name.  [default: emoji's]")] = None,
+    output: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out"),
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Cut pictures to this side first; their own when left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode and decode pictures and write each beside what came back."""
+    from pipelines.bundle import find_bundle
+    from stage1_tokenizer.reconstruct import reconstruct as run
+
+    start = time.perf_counter()
+    done = run(images, model or find_bundle("emoji") / "image_tokenizer", output, size)
+    if as_json:
+        _print_json([one._asdict() for one in done])
+    else:
+        _print_table([{"psnr": f"{r.psnr:.2f}", "size": f"{r.width}x{r.height}", "picture": r.path} for r in done])
+    seconds = time.perf_counter() - start
+    _say(f"{len(done)} images in {seconds:.1f} s, {len(done) / seconds:.1f} images per second")
+
+
 @evaluate_app.command("pipeline")
 def evaluate_pipeline(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Draw the prompts of a recipe and have its judge say how many pictures are right."""

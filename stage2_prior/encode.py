@@ -56,7 +56,7 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         (folder / CAPTIONS).write_text(text, encoding="utf-8")
         write_json(folder / META, meta.model_dump(mode="json"))
 
-    done, start = 0, time.perf_counter()
+    done, began = 0, time.perf_counter()
     missing = [i for i in range(meta.shards) if not (folder / shard_name(i)).is_file()]
     bar = tqdm(total=len(missing[state.process_index :: state.num_processes]) * meta.shard_rows, unit="image",
                disable=not state.is_main_process or not sys.stderr.isatty())  # fmt: skip
@@ -72,7 +72,7 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         save_file({"codes": torch.cat(parts)}, part)
         part.replace(folder / shard_name(shard))
     bar.close()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     if state.is_main_process:
         print(f"{folder}: {done} images in {seconds:.1f} s, {done / seconds:.1f} images per second", file=sys.stderr)
     state.wait_for_everyone()

@@ -56,7 +56,7 @@ class Predictions(NamedTuple):
 
 
 class KeyValueCache(Cache):
-    """Keys and values of all layers, allocated once for all positions, filled from the left; where drawing stands."""
+    """Keys and values of all layers, allocated once and filled from the left, and where drawing stands."""
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, state: Tensor, drawn: Tensor) -> None:
         self.keys, self.values = keys, values  # (depth, N, heads, L, E / heads)

@@ -1,6 +1,7 @@
 """Law 6 on one process: killed and resumed, training ends bit-equal to a run that was never interrupted."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -138,6 +139,12 @@ def test_a_prior_goes_on_from_the_weights_of_another(world, tmp_path):
     second = stage2_prior.train.train(world / "prior.yaml", [f"prior={first}", *still])
     for name, tensor in weights(first).items():
         torch.testing.assert_close(weights(second)[name], tensor, msg=name)
+
+
+def test_encoding_says_its_rate(world, tmp_path, capsys):
+    stage2_prior.encode.encode(world / "encode.yaml", [f"output={tmp_path}/codes"])
+    rate = re.search(r"10 images in ([\d.]+) s, ([\d.]+) images per second", capsys.readouterr().err)
+    assert rate and float(rate[2]) > 0
 
 
 def test_codes_of_another_tokenizer_are_refused(world, tmp_path):

@@ -1,0 +1,73 @@
+"""What an image tokenizer makes of pictures, side by side with them: `tessera reconstruct IMAGES`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InputError
+from common.images import fit, open_image, save_png, to_pil, to_tensor
+from common.metrics import psnr
+from stage1_tokenizer.autoencoder import Autoencoder
+
+MOST_PIXELS = 2**22  # of a picture at once; attention at the code grid grows with the square of them
+
+
+class Reconstruction(NamedTuple):
+    image: str  # path, as it was given
+    path: str  # the picture written: original left, reconstruction right
+    width: int
+    height: int
+    psnr: float  # dB
+
+
+@torch.inference_mode()
+def reconstruct(
+    images: Sequence[str | Path], model: str | Path, output: str | Path, size: int | None = None
+) -> list[Reconstruction]:
+    """Encodes and decodes each picture at its own size, or cut to `size` x `size`, and writes both into `output`.
+
+    A side that the tokenizer's factor does not divide is continued by its last pixels, which are cut off again.
+    Raises InputError for a broken or a too large picture, before anything is written.
+    """
+    tokenizer = Autoencoder.from_pretrained(model)
+    opened = [open_image(path) if size is None else fit(open_image(path), size) for path in images]
+    for path, image in zip(images, opened, strict=True):
+        if image.width * image.height > MOST_PIXELS:
+            raise InputError(
+                f"{path} has {image.width} x {image.height} pixels, at most {MOST_PIXELS:,} fit at once; give --size"
+            )
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    results = []
+    for number, (path, image) in enumerate(zip(images, opened, strict=True)):
+        original = to_tensor(image).unsqueeze(0)
+        again = through(tokenizer, original)
+        target = folder / f"{number:04d}-{Path(path).stem}.png"
+        save_png(beside(image, to_pil(again)[0]), target)
+        figure = float(psnr(again, original))
+        results.append(Reconstruction(str(path), str(target), image.width, image.height, figure))
+    return results
+
+
+def through(tokenizer: Autoencoder, images: Tensor) -> Tensor:
+    """Encoded and decoded, for sides of any length: (B, 3, H, W) in [-1, 1] -> the same."""
+    height, width = images.shape[2:]
+    padding = (0, -width % tokenizer.factor, 0, -height % tokenizer.factor)
+    latents = tokenizer.encode_latents(F.pad(images, padding, mode="replicate"))  # with or without codes
+    decoded = tokenizer.decode_latents(latents)
+    return decoded[:, :, :height, :width]
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
