@@ -4,32 +4,54 @@ Letters: B batch, H W pixels, h w code grid, Q codebooks, K codebook size, D lat
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_config
 from common.errors import InputError
 from common.weights import find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, VQEMAConfig, build_bottleneck
-from stage1_tokenizer.convolutions import Decoder, Encoder, TrunkConfig
+from stage1_tokenizer.convolutions import Decoder, Encoder, NoEncoder, TrunkConfig
+from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
 from stage1_tokenizer.patches import PatchEncoder
+
+
+def _trunk_kind(trunk: Any) -> str:
+    """The tag of a trunk; VQGAN's convolutions are meant where it is left out."""
+    return trunk.get("type", "convolutional") if isinstance(trunk, dict) else getattr(trunk, "type", "convolutional")
+
+
+AnyTrunkConfig = Annotated[
+    Annotated[TrunkConfig, Tag("convolutional")] | Annotated[DVAETrunkConfig, Tag("dvae")], Discriminator(_trunk_kind)
+]
+
+
+class Origin(Config):
+    """Where converted weights come from."""
+
+    family: str  # that `tessera convert` was told
+    project: str  # that published them
+    files: tuple[str, ...]  # their names
+    code_licence: str
+    weights_licence: str
 
 
 class AutoencoderConfig(Config):
     type: str = Field("autoencoder", pattern="^autoencoder$")
     image_size: int = Field(256, gt=0)  # pixels a side it is trained at; other sizes divisible by the factor work
-    trunk: TrunkConfig = TrunkConfig()
+    trunk: AnyTrunkConfig = TrunkConfig()
     bottleneck: BottleneckConfig = VQEMAConfig()
+    origin: Origin | None = None  # of converted weights; null for those trained here
 
     @model_validator(mode="after")
     def _divisible(self) -> "AutoencoderConfig":
         if self.image_size % self.trunk.factor:
             raise ValueError(f"image_size must be divisible by the factor {self.trunk.factor}, got {self.image_size}")
-        if any(width % self.trunk.norm_groups for width in self.trunk.widths):
-            raise ValueError(f"norm_groups {self.trunk.norm_groups} must divide the widths {self.trunk.widths}")
+        if self.bottleneck.type != "gumbel" and self.trunk.encoder_dim != self.trunk.decoder_dim:
+            raise ValueError(f"bottleneck {self.bottleneck.type} needs a latent_dim in the trunk; give one")
         return self
 
 
@@ -45,10 +67,9 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        patchwise = config.trunk.encoder == "patchwise"
-        self.encoder = PatchEncoder(config.trunk) if patchwise else Encoder(config.trunk)
-        self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.latent_dim)
-        self.decoder = Decoder(config.trunk)
+        self.encoder = build_encoder(config.trunk)
+        self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.encoder_dim, config.trunk.decoder_dim)
+        self.decoder = Decoder(config.trunk) if isinstance(config.trunk, TrunkConfig) else DVAEDecoder(config.trunk)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -114,5 +135,17 @@ class Autoencoder(nn.Module):
     def fingerprint(self) -> str:
         """Changes when codes come to mean something else: encoder weights and codebook (the decoder may learn on)."""
         parts = [*self.encoder.state_dict().items()]
-        parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k.endswith("codebook")]
+        parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if "codebook" in k or "projection" in k]
         return fingerprint(*(part for name, tensor in sorted(parts) for part in (name, tensor)))
+
+
+def build_encoder(config: TrunkConfig | DVAETrunkConfig) -> nn.Module:
+    if isinstance(config, DVAETrunkConfig):
+        return DVAEEncoder(config)
+    match config.encoder:
+        case "convolutional":
+            return Encoder(config)
+        case "patchwise":
+            return PatchEncoder(config)
+        case "none":
+            return NoEncoder()
