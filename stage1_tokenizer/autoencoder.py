@@ -16,6 +16,7 @@ from common.weights import find_folder, fingerprint, load_weights, save_pretrain
 from stage1_tokenizer.bottlenecks import BottleneckConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.convolutions import Decoder, Encoder, NoEncoder, TrunkConfig
 from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
+from stage1_tokenizer.movq import MoVQDecoder
 from stage1_tokenizer.patches import PatchEncoder
 
 
@@ -69,7 +70,7 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.trunk)
         self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.encoder_dim, config.trunk.decoder_dim)
-        self.decoder = Decoder(config.trunk) if isinstance(config.trunk, TrunkConfig) else DVAEDecoder(config.trunk)
+        self.decoder = build_decoder(config.trunk)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -149,3 +150,9 @@ def build_encoder(config: TrunkConfig | DVAETrunkConfig) -> nn.Module:
             return PatchEncoder(config)
         case "none":
             return NoEncoder()
+
+
+def build_decoder(config: TrunkConfig | DVAETrunkConfig) -> Decoder | MoVQDecoder | DVAEDecoder:
+    if isinstance(config, DVAETrunkConfig):
+        return DVAEDecoder(config)
+    return MoVQDecoder(config) if config.decoder == "modulated" else Decoder(config)

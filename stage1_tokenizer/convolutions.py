@@ -21,6 +21,7 @@ class TrunkConfig(Config):
     type: Literal["convolutional"] = "convolutional"
     # patchwise: see patches.py; none: this tokenizer only decodes
     encoder: Literal["convolutional", "patchwise", "none"] = "convolutional"
+    decoder: Literal["convolutional", "modulated"] = "convolutional"  # modulated: see movq.py
     channels: int = Field(128, ge=1)  # width of the first level
     multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)  # of the width, a level each
     decoder_multipliers: tuple[int, ...] | None = None  # where the decoder's differ
@@ -44,6 +45,8 @@ class TrunkConfig(Config):
             raise ValueError(f"norm_groups {self.norm_groups} must divide the widths {widths}")
         if len(self.decoder_widths) != len(self.widths):
             raise ValueError(f"decoder_multipliers must name {len(self.widths)} levels, got {self.decoder_multipliers}")
+        if self.decoder == "modulated" and (self.patch_size > 1 or any(width % 32 for width in self.decoder_widths)):
+            raise ValueError(f"a modulated decoder needs patch_size 1 and widths divisible by 32, got {widths}")
         if any(not 0 <= level < len(self.widths) for level in (*self.encoder_attention, *self.decoder_attention)):
             raise ValueError(f"attention levels must be in [0, {len(self.widths)})")
         return self

@@ -53,6 +53,7 @@ class Reference:
         return self.conv("quant_conv", x)
 
     def decode(self, latents: Tensor) -> Tensor:
+        self.q = latents
         x = self.conv("decoder.conv_in", self.conv("post_quant_conv", latents), padding=1)
         x = self.middle("decoder.mid", x)
         for level in reversed(range(self.levels)):
@@ -87,6 +88,10 @@ class Reference:
         return x + self.conv(f"{name}.proj_out", (v @ weights.transpose(1, 2)).view_as(x))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
+        if f"{name}.norm_layer.weight" in self.w:  # MoVQ's
+            norm, q = f"{name}.norm_layer", F.interpolate(self.q, x.shape[2:])
+            x = F.group_norm(x, 32, self.w[f"{norm}.weight"], self.w[f"{norm}.bias"], 1e-6)
+            return x * self.conv(f"{name}.conv_y", q) + self.conv(f"{name}.conv_b", q)
         return F.group_norm(x, self.groups, self.w[f"{name}.weight"], self.w[f"{name}.bias"], self.eps)
 
     def conv(self, name: str, x: Tensor, **options: int) -> Tensor:
@@ -191,7 +196,7 @@ def to_diffusers(weights: Weights, levels: int, old: bool = False) -> Weights:
         attention = re.search(r"(attn\.\d+|attn_1)\.(norm|q|k|v|proj_out)\.", name)
         if attention:
             name = name.replace(f".{attention[2]}.", f".{parts[attention[2]]}.")
-            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
+            tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 and attention[2] != "norm" else tensor
         name = re.sub(r"encoder\.down\.(\d+)", r"encoder.down_blocks.\1", name)
         name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
         name = re.sub(r"(blocks\.\d+)\.block\.", r"\1.resnets.", name)
@@ -399,6 +404,32 @@ def test_diffusers_of_other_sizes(sizes: dict, groups: int, old: bool, tmp_path:
     same_pictures(tokenizer.decode(codes.unsqueeze(1)), reference.decode(rows(codes, codebook)))
 
 
+def test_diffusers_with_spatial_norms(tmp_path: Path) -> None:
+    weights = random_vqgan(z=6, dim=6)
+    for name in [
+        name for name in weights if name.startswith("decoder.") and re.search(r"norm\d?(_out)?\.weight", name)
+    ]:
+        module = name.removesuffix(".weight")
+        for kind in ("weight", "bias"):
+            weights[f"{module}.norm_layer.{kind}"] = weights.pop(f"{module}.{kind}")
+        width = len(weights[f"{module}.norm_layer.bias"])
+        for part in ("conv_y", "conv_b"):
+            weights[f"{module}.{part}.weight"] = torch.randn(width, 6, 1, 1) / 4
+            weights[f"{module}.{part}.bias"] = torch.randn(width) / 4
+    (tmp_path / "movq").mkdir()
+    (tmp_path / "movq" / "config.json").write_text(json.dumps({"norm_type": "spatial"}))
+    stored = {
+        re.sub(r"(decoder.*)group_norm\.(norm_layer|conv)", r"\1spatial_norm.\2", name): tensor.contiguous()
+        for name, tensor in to_diffusers(weights, 2).items()
+    }
+    torch.save(stored, tmp_path / "movq" / "diffusion_pytorch_model.bin")
+    tokenizer = converted("diffusers-vq", [tmp_path], tmp_path)
+    reference, codebook = Reference(weights, 2), weights["quantize.embedding.weight"]
+    codes = nearest(reference.latents(images(8, 16)), codebook)
+    assert torch.equal(tokenizer.encode(images(8, 16))[:, 0], codes)
+    same_pictures(tokenizer.decode(codes.unsqueeze(1)), reference.decode(rows(codes, codebook)))
+
+
 def random_dvae(hidden: int, multipliers: tuple[int, ...], blocks: int, first: int, codes: int) -> list[Weights]:
     """Encoder and decoder under OpenAI's names."""
     torch.manual_seed(0)
@@ -552,6 +583,7 @@ def test_configs_without_the_new_fields_still_load() -> None:
         ({"code_dim": 3, "encoder_attention": [0], "stem_channels": 16}, {"type": "vq", "normalize": "both"}),
         ({"decoder_multipliers": [3, 1], "decoder_attention": [0, 1]}, {"type": "vq", "normalize": "lookup"}),
         ({"norm_eps": 1e-3}, {"type": "gumbel"}),
+        ({"decoder": "modulated", "channels": 32, "code_dim": 3}, {"type": "vq"}),
         ({"type": "dvae", "channels": 8, "multipliers": [1, 2], "decoder_channels": 5}, {"type": "gumbel"}),
         ({"type": "dvae", "channels": 8, "multipliers": [1, 2], "latent_dim": 4}, {"type": "vq-ema"}),
     ],
@@ -566,7 +598,7 @@ def test_encode_then_decode_equals_forward(trunk: dict, bottleneck: dict) -> Non
     )
     output = model(images(8, 12))  # starts the codebook
     (output.images.square().mean() + output.bottleneck_loss).backward()
-    assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if "conv_in" in name)
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if "conv_in" in name)
     output = model.eval()(images(8, 12))
     codes = model.encode(images(8, 12))
     assert torch.equal(codes, output.codes) and codes.shape == (2, 1, 4, 6)
@@ -695,9 +727,13 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_converted_is_said(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel", "norm_type": "spatial"}))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel", "norm_type": "batch"}))
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    assert "MoVQ" in refused("diffusers-vq", [tmp_path], tmp_path)
+    assert "asks for batch norms" in refused("diffusers-vq", [tmp_path], tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 5}))
+    stored = {name: tensor.contiguous() for name, tensor in to_diffusers(random_vqgan(), 2).items()}
+    save_file(stored, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert "norm_groups 5 must divide the widths" in refused("diffusers-vq", [tmp_path], tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     assert "of a AutoencoderKL" in refused("diffusers-vq", [tmp_path], tmp_path)
     wavelet = wrapped({"model.decoder.idwt.filters": torch.zeros(1)}, tmp_path / "vqgan.ckpt")

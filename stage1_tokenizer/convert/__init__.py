@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from common.errors import InputError, nearest
 from common.weights import save_pretrained
 from stage1_tokenizer.convert.vqgan import Converted, build
@@ -30,7 +32,10 @@ def convert(family: str, sources: Sequence[str | Path], out: str | Path, image_s
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
         raise InputError(f"{out} exists and is not a tokenizer's folder; choose another one")
-    config, weights = _read(family, [Path(source) for source in sources])
+    try:
+        config, weights = _read(family, [Path(source) for source in sources])
+    except ValidationError as error:  # sizes that no model of ours has
+        raise InputError(f"{sources[0]} asks for a model that cannot be built: {error.errors()[0]['msg']}") from None
     if image_size is not None:
         if image_size < 1 or image_size % config.trunk.factor:
             raise InputError(f"image_size must be divisible by the factor {config.trunk.factor}, got {image_size}")

@@ -1,6 +1,6 @@
 """diffusers' `VQModel`: the `vqvae/` or `movq/` folder of a pipeline, or such a folder itself.
 
-Its `decode` quantizes latents; ours takes codes. Spatially conditioned norms (MoVQ) are not read.
+Its `decode` quantizes latents; ours takes codes. Spatial norms make the decoder MoVQ's.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,9 @@ def read(sources: Sequence[Path]) -> Converted:
     weights = Weights(read_tensors(found), found[0].name)
     refuse_other_families(weights, FAMILY, NAMES.encoder_block.format(level=0, block=0) + ".conv1.weight")
     old = any(".proj_attn." in name for name in weights.tensors)
-    names = NAMES._replace(attention=OLD_ATTENTION) if old else NAMES
+    names = NAMES._replace(
+        attention=OLD_ATTENTION if old else NAMES.attention, modulated=settings.get("norm_type") == "spatial"
+    )
     origin = Origin(
         family=FAMILY,
         project=str(settings.get("_name_or_path") or "huggingface/diffusers"),
@@ -65,9 +67,8 @@ def _check(settings: dict[str, Any], path: Path) -> None:
     kind = settings.get("_class_name", "VQModel")
     if kind != "VQModel":
         raise InputError(f"{path} is of a {kind}, not of a VQModel")
-    if settings.get("norm_type", "group") != "group":
-        kind = f"{settings['norm_type']} norms (MoVQ)"
-        raise InputError(f"{path} asks for {kind}, which cannot be converted; group norms can")
+    if settings.get("norm_type", "group") not in ("group", "spatial"):
+        raise InputError(f"{path} asks for {settings['norm_type']} norms; only group and spatial ones can be converted")
     if settings.get("act_fn", "silu") not in ("silu", "swish"):
         raise InputError(f"{path} asks for the activation {settings['act_fn']}; only silu can be converted")
     groups = settings.get("norm_num_groups", 32)

@@ -41,6 +41,9 @@ class Names(NamedTuple):
     attention: tuple[str, str, str, str, str] = ("norm", "q", "k", "v", "proj_out")
     norm_out: str = "norm_out"
     codebook: str = "quantize.embedding.weight"
+    modulated: bool = False  # the decoder's norms, as MoVQ's
+    modulated_attention_norm: str = "spatial_norm"
+    modulated_norm: tuple[str, str, str] = ("norm_layer", "conv_y", "conv_b")  # within such a norm
 
 
 TAMING = Names()
@@ -74,6 +77,8 @@ def read_vqgan(
     size = max((image_size or DEFAULT_SIZE) // trunk.factor, 1) * trunk.factor
     config = AutoencoderConfig(image_size=size, trunk=trunk, bottleneck=bottleneck, origin=origin)
     modules = dict(_modules(trunk, names))
+    if names.modulated:
+        modules |= dict(_modulated(modules, names))
     wanted, shapes = {}, {}
     for ours, shape in needed_shapes(config).items():
         module, _, kind = ours.rpartition(".")
@@ -127,10 +132,9 @@ def _trunk(weights: Weights, names: Names, norm_groups: int, norm_eps: float) ->
     unit = math.gcd(*encoder, *decoder)
     multipliers = tuple(width // unit for width in encoder or decoder)
     decoder_multipliers = tuple(width // unit for width in decoder)
-    if any(width % norm_groups for width in {*encoder, *decoder, stem}):
-        raise InputError(f"{weights.where} has widths that {norm_groups} groups do not divide: {encoder or decoder}")
     return TrunkConfig(
         encoder="convolutional" if both else "none",
+        decoder="modulated" if names.modulated else "convolutional",
         channels=unit,
         multipliers=multipliers,
         decoder_multipliers=None if decoder_multipliers == multipliers else decoder_multipliers,
@@ -214,6 +218,18 @@ def _modules(trunk: TrunkConfig, names: Names) -> Iterator[tuple[str, tuple[str,
     yield "encoder.quant_conv", ("quant_conv",)
     yield "decoder.post_quant_conv", ("post_quant_conv",)
     yield "bottleneck.projection", ("quantize.proj",)
+
+
+def _modulated(modules: dict[str, tuple[str, ...]], names: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The three modules of each modulated norm, for every norm of the decoder."""
+    for ours, theirs in modules.items():
+        parent, _, last = ours.rpartition(".")
+        if ours.startswith("decoder.") and "norm" in last:
+            name = theirs[0]
+            if name.endswith(f".{names.attention[0]}") and parent != "decoder":
+                name = f"{name.rpartition('.')[0]}.{names.modulated_attention_norm}"
+            for part, inside in zip(("norm", "scale", "shift"), names.modulated_norm, strict=True):
+                yield f"{ours}.{part}", (f"{name}.{inside}",)
 
 
 def _block(ours: str, theirs: str, names: Names) -> Iterator[tuple[str, tuple[str, ...]]]:
