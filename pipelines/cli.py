@@ -281,6 +281,32 @@ def check_data(
     _print_report(check(folder, split, images_only), as_json)
 
 
+class Convertible(StrEnum):
+    taming_vqgan = "taming-vqgan"
+    openai_dvae = "openai-dvae"
+    mindalle_vqgan = "mindalle-vqgan"
+    rudalle_vqgan = "rudalle-vqgan"
+    min_dalle_detoker = "min-dalle-detoker"
+    llamagen_vq = "llamagen-vq"
+    janus_vq = "janus-vq"
+    diffusers_vq = "diffusers-vq"
+
+
+@app.command()
+def convert(
+    family: Annotated[Convertible, typer.Argument(help="Whose checkpoint it is.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Its files, or the folder of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer made of it.")],
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side it is used at.  [default: the checkpoint's, or its family's]")
+    ] = None,
+) -> None:
+    """Turn a public image tokenizer into one of ours; nothing in its files is executed."""
+    from stage1_tokenizer.convert import convert as run
+
+    print(run(family.value, sources, out, image_size))
+
+
 @app.command()
 def info(
     folder: Annotated[str, typer.Argument(help="A folder of a bundle, a part or data, or a shipped bundle's name.")],

@@ -7,34 +7,59 @@ Letters: B batch, H W pixels, h w code grid, Q codebooks, K codebook size, D lat
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_config
 from common.errors import InputError
 from common.weights import find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Bottlenecked, HierarchyConfig, VQEMAConfig, build_bottleneck
-from stage1_tokenizer.convolutions import Decoder, Encoder, TrunkConfig
+from stage1_tokenizer.convolutions import Decoder, Encoder, NoEncoder, TrunkConfig
+from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
 from stage1_tokenizer.losses.pixels import PixelKind, channels, to_images
+from stage1_tokenizer.movq import MoVQDecoder
 from stage1_tokenizer.patches import PatchEncoder
+
+
+def _trunk_kind(trunk: Any) -> str:
+    """The tag of a trunk; VQGAN's convolutions are meant where it is left out."""
+    return trunk.get("type", "convolutional") if isinstance(trunk, dict) else getattr(trunk, "type", "convolutional")
+
+
+AnyTrunkConfig = Annotated[
+    Annotated[TrunkConfig, Tag("convolutional")] | Annotated[DVAETrunkConfig, Tag("dvae")], Discriminator(_trunk_kind)
+]
+
+
+class Origin(Config):
+    """Where converted weights come from."""
+
+    family: str  # that `tessera convert` was told
+    project: str  # that published them
+    files: tuple[str, ...]  # their names
+    code_licence: str
+    weights_licence: str
 
 
 class AutoencoderConfig(Config):
     type: str = Field("autoencoder", pattern="^autoencoder$")
     image_size: int = Field(256, gt=0)  # pixels a side it is trained at; other sizes divisible by the factor work
-    trunk: TrunkConfig = TrunkConfig()
+    trunk: AnyTrunkConfig = TrunkConfig()
     bottleneck: BottleneckConfig = VQEMAConfig()
     pixels: PixelKind = "values"  # what the decoder says of a pixel; a likelihood as loss needs its own kind
+    origin: Origin | None = None  # of converted weights; null for those trained here
 
     @model_validator(mode="after")
-    def _divisible(self) -> "AutoencoderConfig":
+    def _consistent(self) -> "AutoencoderConfig":
         if self.image_size % self.factor:
             raise ValueError(f"image_size must be divisible by the factor {self.factor}, got {self.image_size}")
-        if any(width % self.trunk.norm_groups for width in self.trunk.widths):
-            raise ValueError(f"norm_groups {self.trunk.norm_groups} must divide the widths {self.trunk.widths}")
+        if self.bottleneck.type != "gumbel" and self.trunk.encoder_dim != self.trunk.decoder_dim:
+            raise ValueError(f"bottleneck {self.bottleneck.type} needs a latent_dim in the trunk; give one")
+        if isinstance(self.trunk, TrunkConfig) and self.trunk.decoder == "modulated" and self.pixels != "values":
+            raise ValueError(f"a modulated decoder says values of pixels, got pixels {self.pixels}")
         return self
 
     @property
@@ -56,10 +81,9 @@ class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        patchwise = config.trunk.encoder == "patchwise"
-        self.encoder = PatchEncoder(config.trunk) if patchwise else Encoder(config.trunk)
-        self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.latent_dim)
-        self.decoder = Decoder(config.trunk, channels(config.pixels))
+        self.encoder = build_encoder(config.trunk)
+        self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.encoder_dim, config.trunk.decoder_dim)
+        self.decoder = build_decoder(config.trunk, channels(config.pixels))
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -114,8 +138,9 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, D, H / f, W / f) of a trunk with factor f -> images (B, 3, H, W) float in [-1, 1]."""
-        if latents.ndim != 4 or latents.shape[1] != self.config.trunk.latent_dim:
-            raise InputError(f"latents must be (B, {self.config.trunk.latent_dim}, h, w), got {tuple(latents.shape)}")
+        dim = self.config.trunk.decoder_dim
+        if latents.ndim != 4 or latents.shape[1] != dim:
+            raise InputError(f"latents must be (B, {dim}, h, w), got {tuple(latents.shape)}")
         return to_images(self.decoder(latents), self.config.pixels).clamp(-1, 1)
 
     def _bottlenecked(self, images: Tensor) -> Bottlenecked:
@@ -167,3 +192,21 @@ class Autoencoder(nn.Module):
         meaning = ("codebook", "weight", "bias")  # the rest is about the training: counts, steps
         parts += [(k, v) for k, v in self.bottleneck.state_dict().items() if k.split(".")[-1] in meaning]
         return fingerprint(*(part for name, tensor in sorted(parts) for part in (name, tensor)))
+
+
+def build_encoder(config: TrunkConfig | DVAETrunkConfig) -> nn.Module:
+    if isinstance(config, DVAETrunkConfig):
+        return DVAEEncoder(config)
+    match config.encoder:
+        case "convolutional":
+            return Encoder(config)
+        case "patchwise":
+            return PatchEncoder(config)
+        case "none":
+            return NoEncoder()
+
+
+def build_decoder(config: TrunkConfig | DVAETrunkConfig, channels: int) -> Decoder | MoVQDecoder | DVAEDecoder:
+    if isinstance(config, DVAETrunkConfig):
+        return DVAEDecoder(config, channels)
+    return MoVQDecoder(config) if config.decoder == "modulated" else Decoder(config, channels)

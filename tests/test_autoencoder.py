@@ -16,7 +16,6 @@ from stage1_tokenizer.bottlenecks import (
     SimVQConfig,
     VQConfig,
     VQEMAConfig,
-    VQL2Config,
 )
 from stage1_tokenizer.convolutions import TrunkConfig
 from stage1_tokenizer.losses.pixels import PixelKind
@@ -44,7 +43,7 @@ def tiny(bottleneck: BottleneckConfig | None = None, pixels: PixelKind = "values
     [
         VQConfig(codebook_size=32),
         VQEMAConfig(codebook_size=32, gradient="rotation"),
-        VQL2Config(codebook_size=32, code_dim=3),
+        VQConfig(codebook_size=32, normalize="both"),
         SimVQConfig(codebook_size=32),
         ResidualConfig(codebook_size=32),
         HierarchyConfig(codebook_size=32),

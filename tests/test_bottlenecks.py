@@ -23,7 +23,6 @@ from stage1_tokenizer.bottlenecks import (
     SimVQConfig,
     VQConfig,
     VQEMAConfig,
-    VQL2Config,
     build_bottleneck,
 )
 from stage1_tokenizer.bottlenecks.codebook import Revival, nearest, rotation
@@ -37,7 +36,6 @@ CONFIGS: list[BottleneckConfig] = [
     GaussianConfig(),
     VQConfig(codebook_size=16),
     VQEMAConfig(codebook_size=16),
-    VQL2Config(codebook_size=16, code_dim=3),
     SimVQConfig(codebook_size=16),
     ResidualConfig(num_codebooks=3, codebook_size=16),
     HierarchyConfig(codebook_size=16),
@@ -47,14 +45,8 @@ CONFIGS: list[BottleneckConfig] = [
 ]
 CONTINUOUS = [config for config in CONFIGS if config.type in ("identity", "gaussian")]
 DISCRETE = [config for config in CONFIGS if config not in CONTINUOUS]
-PROJECTED = (
-    "gaussian",
-    "vq-l2",
-    "gumbel",
-    "fsq",
-    "lfq",
-)  # a convolution stands between z and codes, or codes and latents
-ROTATING = (VQConfig, VQEMAConfig, VQL2Config, SimVQConfig, ResidualConfig)
+PROJECTED = ("gaussian", "gumbel", "fsq", "lfq")  # a convolution stands between z and codes, or codes and latents
+ROTATING = (VQConfig, VQEMAConfig, SimVQConfig, ResidualConfig)
 DIM = 4
 
 
@@ -132,7 +124,7 @@ def test_nearest_equals_brute_force():
     assert nearest(vectors, codebook).tolist() == brute
 
 
-@pytest.mark.parametrize("kind", [VQConfig, VQEMAConfig, SimVQConfig, LFQConfig, VQL2Config])
+@pytest.mark.parametrize("kind", [VQConfig, VQEMAConfig, SimVQConfig, LFQConfig])
 def test_commitment_weight_multiplies_the_commitment_term(kind):
     torch.manual_seed(0)
     z = torch.randn(2, DIM, 3, 3)
@@ -143,9 +135,6 @@ def test_commitment_weight_multiplies_the_commitment_term(kind):
     if kind is LFQConfig:
         committed = light.project(z)
         quantized = committed.sign()
-    elif kind is VQL2Config:
-        committed = F.normalize(light.project(z), dim=1)
-        quantized = F.normalize(light.codebook, dim=1)[light(z).codes[:, 0]].movedim(-1, 1)
     torch.testing.assert_close(heavy(z).loss - light(z).loss, (committed - quantized).square().mean())
 
 
@@ -214,7 +203,7 @@ def test_unused_codes_come_back_as_vectors_that_occur():
     assert revival(used, vectors)[0].tolist() == []  # and has its time again
 
 
-@pytest.mark.parametrize("kind", [VQConfig, VQEMAConfig, VQL2Config])
+@pytest.mark.parametrize("kind", [VQConfig, VQEMAConfig])
 def test_revival_fills_a_codebook_that_would_collapse(kind):
     def usage(patience):
         torch.manual_seed(0)
@@ -326,12 +315,11 @@ def test_the_reparameterised_gradient_is_that_of_the_expectation():
 
 
 def test_l2_codes_are_those_of_the_largest_cosine_whatever_their_length():
-    quantizer = built(VQL2Config(codebook_size=16, code_dim=3)).eval()
+    quantizer = built(VQConfig(codebook_size=16, normalize="both", gradient="rotation")).eval()
     z = torch.randn(2, DIM, 3, 3)
     codes = quantizer(z).codes
-    low = quantizer.project(z).detach()
     for b, y, x in [(0, 0, 0), (1, 2, 1), (0, 1, 2)]:
-        cosines = [float(F.cosine_similarity(low[b, :, y, x], row, dim=0)) for row in quantizer.codebook.detach()]
+        cosines = [float(F.cosine_similarity(z[b, :, y, x], row, dim=0)) for row in quantizer.codebook.detach()]
         assert codes[b, 0, y, x] == max(range(16), key=cosines.__getitem__)
     latents = quantizer.lookup(codes)
     with torch.no_grad():

@@ -61,7 +61,8 @@ def checkpoint(folder, step=4):
         ["model.bottleneck={type: gumbel, codebook_size: 16}", "model.pixels=logit-laplace",
          "loss.logit_laplace_weight=1", "loss.l1_weight=0", "loss.l2_weight=0"],
         ["model.bottleneck={type: hierarchy, codebook_size: 16}"],
-        ["model.bottleneck={type: vq-l2, codebook_size: 16, code_dim: 3, gradient: rotation}"],
+        ["model.bottleneck={type: vq, codebook_size: 16, normalize: both, gradient: rotation}",
+         "model.trunk.code_dim=3"],
     ],
     ids=lambda overrides: overrides[0].split()[1].strip(",}"),
 )  # fmt: skip

@@ -15,9 +15,8 @@ from stage1_tokenizer.bottlenecks.identity import Identity
 from stage1_tokenizer.bottlenecks.lfq import LookupFreeQuantizer
 from stage1_tokenizer.bottlenecks.residual import ResidualQuantizer
 from stage1_tokenizer.bottlenecks.simvq import SimVectorQuantizer
-from stage1_tokenizer.bottlenecks.vq import VectorQuantizer
+from stage1_tokenizer.bottlenecks.vq import Normalize, VectorQuantizer
 from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
-from stage1_tokenizer.bottlenecks.vq_l2 import NormalizedVectorQuantizer
 
 __all__ = [
     "Bottleneck",
@@ -33,7 +32,6 @@ __all__ = [
     "SimVQConfig",
     "VQConfig",
     "VQEMAConfig",
-    "VQL2Config",
     "build_bottleneck",
 ]
 
@@ -54,6 +52,8 @@ class VQConfig(Config):
     beta: float = Field(0.25, ge=0)  # commitment weight
     patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
     gradient: Gradient = "straight-through"  # past the nearest code; rotation: Fifty et al. 2024
+    # What is brought to length 1: nothing, looked-up codes (transformers' Janus), or latents too (LlamaGen)
+    normalize: Normalize = "none"
 
 
 class VQEMAConfig(Config):
@@ -61,15 +61,6 @@ class VQEMAConfig(Config):
     codebook_size: int = Field(1024, ge=2)  # K
     beta: float = Field(0.25, ge=0)  # commitment weight
     decay: float = Field(0.99, gt=0, lt=1)  # of the running means
-    patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
-    gradient: Gradient = "straight-through"
-
-
-class VQL2Config(Config):
-    type: Literal["vq-l2"] = "vq-l2"
-    codebook_size: int = Field(8192, ge=2)  # K
-    code_dim: int = Field(32, ge=2)  # d, the few dimensions; Yu et al. take 32
-    beta: float = Field(0.25, ge=0)  # commitment weight
     patience: int = Field(100, ge=0)  # steps without use after which a code is revived; 0 never revives
     gradient: Gradient = "straight-through"
 
@@ -140,7 +131,6 @@ BottleneckConfig = Annotated[
     | GaussianConfig
     | VQConfig
     | VQEMAConfig
-    | VQL2Config
     | SimVQConfig
     | ResidualConfig
     | HierarchyConfig
@@ -151,22 +141,22 @@ BottleneckConfig = Annotated[
 ]
 
 
-def build_bottleneck(config: BottleneckConfig, dim: int) -> Bottleneck:
-    """The bottleneck of `config` for latents of `dim` channels."""
+def build_bottleneck(config: BottleneckConfig, dim: int, decoder_dim: int | None = None) -> Bottleneck:
+    """The bottleneck of `config` for latents of `dim` channels; gumbel alone may give a decoder another number."""
+    if decoder_dim not in (None, dim) and config.type != "gumbel":
+        raise ValueError(f"bottleneck {config.type} needs an encoder and a decoder with the same number of channels")
     match config:
         case IdentityConfig():
             return Identity()
         case GaussianConfig():
             return Gaussian(dim, config.kl_weight)
         case VQConfig():
-            return VectorQuantizer(config.codebook_size, dim, config.beta, config.patience, config.gradient)
+            return VectorQuantizer(
+                config.codebook_size, dim, config.beta, config.patience, config.normalize, config.gradient
+            )
         case VQEMAConfig():
             return EMAVectorQuantizer(
                 config.codebook_size, dim, config.beta, config.decay, config.patience, config.gradient
-            )
-        case VQL2Config():
-            return NormalizedVectorQuantizer(
-                config.codebook_size, dim, config.code_dim, config.beta, config.patience, config.gradient
             )
         case SimVQConfig():
             return SimVectorQuantizer(config.codebook_size, dim, config.beta, config.gradient)
@@ -186,7 +176,7 @@ def build_bottleneck(config: BottleneckConfig, dim: int) -> Bottleneck:
             return GumbelQuantizer(
                 config.codebook_size,
                 dim,
-                dim,
+                decoder_dim or dim,
                 temperature=config.temperature,
                 final_temperature=config.final_temperature,
                 temperature_steps=config.temperature_steps,
