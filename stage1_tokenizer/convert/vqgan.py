@@ -23,7 +23,7 @@ DEFAULT_SIZE = 256  # pixels a side, where a checkpoint does not say
 
 class Converted(NamedTuple):
     config: AutoencoderConfig
-    weights: dict[str, Tensor]  # our names, without the counters of unused codes
+    weights: dict[str, Tensor]  # the parameters under our names
 
 
 class Names(NamedTuple):
@@ -90,23 +90,22 @@ def read_vqgan(
 
 
 def build(config: AutoencoderConfig, weights: dict[str, Tensor]) -> Autoencoder:
-    """The model of `config` with `weights`, in eval mode; its codebook counts as started."""
+    """The model of `config` with `weights`, in eval mode; what it counts in training is zero, its codebook started."""
     with torch.device("meta"):
         model = Autoencoder(config)
     counters = {
         name: torch.full(value.shape, name.endswith("started"), dtype=value.dtype)
-        for name, value in model.state_dict().items()
-        if ".revival." in name
+        for name, value in model.named_buffers()
     }
     model.load_state_dict(weights | counters, strict=True, assign=True)
     return model.eval()
 
 
 def needed_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters with their shapes, without the counters of unused codes."""
+    """Our parameters with their shapes."""
     with torch.device("meta"):
-        state = Autoencoder(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if ".revival." not in name}
+        model = Autoencoder(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def refuse_other_families(weights: Weights, family: str, needed: str) -> None:
