@@ -23,7 +23,7 @@ DEFAULT_SIZE = 256  # pixels a side, where a checkpoint does not say
 
 class Converted(NamedTuple):
     config: AutoencoderConfig
-    weights: dict[str, Tensor]  # our names, without the counters of unused codes
+    weights: dict[str, Tensor]  # the parameters under our names
 
 
 class Names(NamedTuple):
@@ -95,23 +95,17 @@ def build(config: AutoencoderConfig, weights: dict[str, Tensor]) -> Autoencoder:
         model = Autoencoder(config)
     counters = {
         name: torch.full(value.shape, {"started": True, "steps": 2**31}.get(name.split(".")[-1], 0), dtype=value.dtype)
-        for name, value in model.state_dict().items()
-        if counts(name)
+        for name, value in model.named_buffers()
     }
     model.load_state_dict(weights | counters, strict=True, assign=True)
     return model.eval()
 
 
 def needed_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters with their shapes, without what counts training steps."""
+    """Our parameters with their shapes."""
     with torch.device("meta"):
-        state = Autoencoder(config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if not counts(name)}
-
-
-def counts(name: str) -> bool:
-    """Whether a tensor of ours counts steps of the training, which no public checkpoint holds."""
-    return ".revival." in name or name == "bottleneck.steps"
+        model = Autoencoder(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def refuse_other_families(weights: Weights, family: str, needed: str) -> None:
