@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -166,6 +167,8 @@ class CLIPFeatures(nn.Module):
             raise InputError(f"loss.perceptual.stages must be among 0 to 4, got {stages}")
         self.tower, self.stages = tower.eval().requires_grad_(False), stages
         preprocess = model.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1))
 
@@ -178,6 +181,13 @@ class CLIPFeatures(nn.Module):
         distances = [(a - b).square().sum(1).mean() for a, b in zip(self.features(images), wanted, strict=True)]
         return torch.stack(distances).mean()
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], brought to the CLIP's own size, -> the tower's embeddings (B, E), not normalised."""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True)
+        embedded: Tensor = self.tower(((images + 1) / 2 - self.mean) / self.std)
+        return embedded
+
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> of each stage (B, C, h, w) float32 of unit length along C."""
         x = self.tower.stem(((images + 1) / 2 - self.mean) / self.std)
@@ -186,4 +196,4 @@ class CLIPFeatures(nn.Module):
             x = getattr(self.tower, f"layer{stage}")(x)
             if stage in self.stages:
                 found.append(x)
-        return [torch.nn.functional.normalize(feature.float(), dim=1, eps=1e-6) for feature in found]
+        return [F.normalize(feature.float(), dim=1, eps=1e-6) for feature in found]
