@@ -36,7 +36,8 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     first, second = (((x.float().clamp(-1, 1) + 1) * 127.5).round() / 255 for x in (images, reference))
-    value: Tensor = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+    value = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)  # a pair when the full map is asked for too
     return value.reshape(len(images))
 
 
@@ -47,6 +48,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     trace of its root is the sum of their roots. With features of Inception this is FID.
     """
     first, second = features.double(), reference.double()
-    roots = torch.linalg.eigvals(first.T.cov().atleast_2d() @ second.T.cov().atleast_2d()).real.clamp_min(0).sqrt()
+    product = torch.atleast_2d(first.T.cov()) @ torch.atleast_2d(second.T.cov())  # (C, C)
+    roots = torch.linalg.eigvals(product).real.clamp_min(0).sqrt()
     difference = first.mean(0) - second.mean(0)
     return float(difference.square().sum() + first.var(0).sum() + second.var(0).sum() - 2 * roots.sum())

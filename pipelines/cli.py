@@ -23,6 +23,7 @@ EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
     "fontTools": "emoji",
     "tensorboard": "track",
+    "torch_fidelity": "metrics",
     "torchmetrics": "metrics",
     "uharfbuzz": "emoji",
 }
@@ -220,12 +221,19 @@ def evaluate_tokenizer(
     model: Annotated[str, typer.Argument(help="A tokenizer's folder or hub name.")],
     data: Annotated[Path, typer.Argument(help="A data folder.")],
     split: Annotated[str | None, typer.Option(help="One split of the data; all of it when left out.")] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP with a ResNet tower: distances of its features.")
+    ] = None,
+    lpips: Annotated[Path | None, typer.Option(help="torchvision's weights of VGG16: LPIPS.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="torch-fidelity's weights of Inception: rFID.")] = None,
+    per_image: Annotated[Path | None, typer.Option(help="JSONL file for the figures of each picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode and decode pictures and say how much of them survives."""
     from stage1_tokenizer.evaluate import evaluate
 
-    _print_report(evaluate(model, data, split), as_json)
+    weights = {"clip": clip, "lpips": lpips, "inception_weights": inception}
+    _print_report(evaluate(model, data, split, **weights, per_image=per_image), as_json)
 
 
 @app.command()
@@ -279,6 +287,32 @@ def check_data(
     from pipelines.check import check
 
     _print_report(check(folder, split, images_only), as_json)
+
+
+class Convertible(StrEnum):
+    taming_vqgan = "taming-vqgan"
+    openai_dvae = "openai-dvae"
+    mindalle_vqgan = "mindalle-vqgan"
+    rudalle_vqgan = "rudalle-vqgan"
+    min_dalle_detoker = "min-dalle-detoker"
+    llamagen_vq = "llamagen-vq"
+    janus_vq = "janus-vq"
+    diffusers_vq = "diffusers-vq"
+
+
+@app.command()
+def convert(
+    family: Annotated[Convertible, typer.Argument(help="Whose checkpoint it is.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Its files, or the folder of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer made of it.")],
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels a side it is used at.  [default: the checkpoint's, or its family's]")
+    ] = None,
+) -> None:
+    """Turn a public image tokenizer into one of ours; nothing in its files is executed."""
+    from stage1_tokenizer.convert import convert as run
+
+    print(run(family.value, sources, out, image_size))
 
 
 @app.command()

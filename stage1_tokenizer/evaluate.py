@@ -1,46 +1,143 @@
 """How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
 
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common.data import ImageFolder
-from common.metrics import code_counts, perplexity, psnr
+from common.errors import InputError
+from common.metrics import code_counts, frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.autoencoder import Autoencoder
+from stage1_tokenizer.features import inception
+from stage1_tokenizer.losses.perceptual import LPIPS, CLIPFeatures
+
+FEWEST = 2  # pictures that a Fréchet distance can be measured on
+LEFT_OUT = {
+    "ssim": "needs torchmetrics: pip install 'tessera[metrics]'",
+    "lpips": "give --lpips FILE, torchvision's vgg16-397923af.pth",
+    "rfid": "give --inception FILE, weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases",
+    "clip_distance, clip_frechet": "give --clip FOLDER, a CLIP with a ResNet image tower, as the reranker of a bundle",
+}
+
+
+class Measures:
+    """The figures of one evaluation, picture by picture, and features of both sides for the Fréchet distances."""
+
+    def __init__(self, clip: Path | None, lpips: Path | None, inception_weights: Path | None, device: str) -> None:
+        self.clip = CLIPFeatures(clip, (0, 1, 2, 3)).to(device) if clip else None
+        self.lpips = LPIPS("vgg", lpips).to(device) if lpips else None
+        self.inception = inception(inception_weights).to(device) if inception_weights else None
+        self.ssim = _has_torchmetrics()
+        self.figures: dict[str, list[float]] = {}
+        self._features: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, decoded: Tensor, images: Tensor) -> None:
+        """Measures a batch of reconstructions, (B, 3, H, W) in [-1, 1], against the pictures."""
+        self._note("psnr", psnr(decoded, images))
+        if self.ssim:
+            self._note("ssim", ssim(decoded, images))
+        for name, distance in (("lpips", self.lpips), ("clip_distance", self.clip)):
+            if distance is not None:
+                pairs = zip(decoded.split(1), images.split(1), strict=True)
+                self._note(name, torch.stack([distance(*pair) for pair in pairs]))
+        if self.clip is not None:
+            self._keep("clip_frechet", self.clip.embed, decoded, images)
+        if self.inception is not None:
+            self._keep("rfid", self.inception, decoded, images)
+
+    def report(self) -> dict[str, Any]:
+        """Means over pictures, distances between the sets, and what was left out for want of weights."""
+        means = {name: round(sum(values) / len(values), 4) for name, values in self.figures.items()}
+        sets = {name: frechet_distance(torch.cat(a), torch.cat(b)) for name, (a, b) in self._features.items()}
+        found = means | {name: round(value, 4) for name, value in sets.items()}
+        return found | {"left_out": {k: why for k, why in LEFT_OUT.items() if not set(k.split(", ")) & found.keys()}}
+
+    def _note(self, name: str, values: Tensor) -> None:
+        self.figures.setdefault(name, []).extend(values.float().cpu().tolist())
+
+    def _keep(self, name: str, extract: Any, decoded: Tensor, images: Tensor) -> None:
+        pair = self._features.setdefault(name, ([], []))
+        for kept, pictures in zip(pair, (decoded, images), strict=True):
+            kept.append(extract(pictures).float().cpu())
 
 
 @torch.inference_mode()
-def evaluate(model: str | Path, data: str | Path, split: str | None = None, batch_size: int = 64) -> dict[str, Any]:
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    split: str | None = None,
+    batch_size: int = 64,
+    *,
+    clip: Path | None = None,
+    lpips: Path | None = None,
+    inception_weights: Path | None = None,
+    per_image: Path | None = None,
+) -> dict[str, Any]:
     """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
 
-    PSNR in dB is the mean over pictures of 8-bit pictures; `codes_used` is the share of the codebook that occurs at
-    all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks.
-    Raises InputError for a wrong model or data folder, or a broken picture.
+    Means over 8-bit pictures: `psnr` in dB, `ssim`, `lpips` (VGG), `clip_distance` (unit-normalised features of `clip`,
+    a tower of one's own). Between the sets of pictures and of reconstructions: `rfid` (2048 features of the Inception
+    of Heusel et al. 2017) and `clip_frechet` (embeddings of `clip`). `codes_used` is the share of the codebook that
+    occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
+    out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
+    a JSON line for each picture. Raises InputError for a wrong model, data folder or weights, or a broken picture.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer.to(device)
-    counts = torch.zeros(tokenizer.code_shape[0], tokenizer.codebook_size, dtype=torch.int64, device=device)  # (Q, K)
-    figures, start = [], time.perf_counter()
+    if (clip or inception_weights) and len(images) < FEWEST:
+        raise InputError(f"{data} has {len(images)} picture, a Fréchet distance needs at least {FEWEST}; give more")
+    measures = Measures(clip, lpips, inception_weights, device)
+    counts = torch.zeros((), dtype=torch.int64, device=device)  # (Q, K) once there are codes
+    seconds = 0.0
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
-        codes = tokenizer.encode(batch)
-        counts += code_counts(codes, tokenizer.codebook_size)
-        figures.append(psnr(tokenizer.decode(codes), batch).cpu())
-    seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        if tokenizer.continuous:
+            decoded = tokenizer.decode_latents(tokenizer.encode_latents(batch))
+        else:
+            codes = tokenizer.encode(batch)
+            counts = counts + code_counts(codes, tokenizer.codebook_size)
+            decoded = tokenizer.decode(codes)
+        seconds += time.perf_counter() - start
+        measures.add(decoded, batch)
+    of_codes: dict[str, float] = {}
+    if not tokenizer.continuous:
+        used = round(float((counts > 0).float().mean()), 4)
+        of_codes = {"codes_used": used, "perplexity": round(perplexity(counts), 1)}
+    if per_image is not None:
+        _write_lines(per_image, images, measures.figures)
     return {
         "model": str(model),
         "data": str(data),
         "split": split or "all",
         "pictures": len(images),
         "image_size": tokenizer.image_size,
-        "psnr": round(float(torch.cat(figures).mean()), 3),
-        "codes_used": round(float((counts > 0).float().mean()), 4),
-        "perplexity": round(perplexity(counts), 1),
-        "images_per_second": round(len(images) / seconds, 1),
+        "resize": "shorter side by Lanczos, middle square, none where it fits",
+        **of_codes,
+        **measures.report(),
+        "images_per_second": round(len(images) / seconds, 1),  # encoded and decoded, without reading and measuring
     }
+
+
+def _write_lines(path: Path, images: ImageFolder, figures: dict[str, list[float]]) -> None:
+    names = [str(item.path.relative_to(images.folder)) for item in images.items]
+    rows = [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
+    lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
+    try:
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another file") from None
+
+
+def _has_torchmetrics() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("torchmetrics") is not None

@@ -61,7 +61,8 @@ def through(tokenizer: Autoencoder, images: Tensor) -> Tensor:
     """Encoded and decoded, for sides of any length: (B, 3, H, W) in [-1, 1] -> the same."""
     height, width = images.shape[2:]
     padding = (0, -width % tokenizer.factor, 0, -height % tokenizer.factor)
-    decoded = tokenizer.decode(tokenizer.encode(F.pad(images, padding, mode="replicate")))
+    latents = tokenizer.encode_latents(F.pad(images, padding, mode="replicate"))  # with or without codes
+    decoded = tokenizer.decode_latents(latents)
     return decoded[:, :, :height, :width]
 
 

@@ -4,32 +4,42 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
 from common.metrics import code_counts, perplexity, psnr
 from common.training import OptimizerConfig, Run, RunConfig
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.autoencoder import Autoencoded, Autoencoder, AutoencoderConfig
 from stage1_tokenizer.losses.adversarial import (
+    AdversarialKind,
+    LeCam,
     PatchDiscriminator,
+    adversarial_losses,
     frozen,
+    gradient_penalty,
     gradient_ratio,
-    hinge_discriminator,
-    hinge_generator,
 )
 from stage1_tokenizer.losses.perceptual import PerceptualConfig, build_perceptual
+from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss
 
 
 class LossConfig(Config):
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(1.0, ge=0)
+    bernoulli_weight: float = Field(0.0, ge=0)  # of -log p a number; needs model.pixels=bernoulli
+    logit_laplace_weight: float = Field(0.0, ge=0)  # of -log p a number; needs model.pixels=logit-laplace
     perceptual: PerceptualConfig | None = None
     perceptual_weight: float = Field(1.0, ge=0)
     perceptual_from: int = Field(0, ge=0)  # the step at which it joins
     adversarial_weight: float = Field(0.5, ge=0)  # on top of the ratio of gradient norms; 0 for no discriminator
+    adversarial: AdversarialKind = "hinge"
     adversarial_from: int = Field(10_000, ge=0)  # the step at which the discriminator joins; before, it changes nothing
+    adversarial_warmup: int = Field(0, ge=0)  # steps from then on in which it learns and is not yet heard
+    adversarial_ramp: int = Field(0, ge=0)  # steps after those over which the adversarial weight grows to its full size
+    r1_weight: float = Field(0.0, ge=0)  # gamma of the discriminator's gradient penalty; StyleGAN 10. Off at 0
+    lecam_weight: float = Field(0.0, ge=0)  # of the LeCam regularisation of the discriminator; 1e-4 to 1e-2. Off at 0
     decoder_only_from: int | None = Field(None, ge=0)  # from this step codes stay what they are and the decoder learns
     discriminator_channels: int = Field(64, ge=8, multiple_of=8)
     discriminator_depth: int = Field(3, ge=1)
@@ -42,6 +52,16 @@ class TokenizerRecipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.5, 0.9))
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _likelihood_fits(self) -> "TokenizerRecipe":
+        weights = {"bernoulli": self.loss.bernoulli_weight, "logit-laplace": self.loss.logit_laplace_weight}
+        for kind, weight in weights.items():
+            if weight > 0 and self.model.pixels != kind:
+                raise ValueError(
+                    f"loss.{kind.replace('-', '_')}_weight needs model.pixels={kind}, but that is {self.model.pixels}"
+                )
+        return self
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
@@ -63,6 +83,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     discriminator_optimizers = run.optimizers(
         "discriminator_optimizer", bare_discriminator, recipe.discriminator_optimizer
     )
+    losses, lecam = adversarial_losses(recipe.loss.adversarial), LeCam().to(run.device)
+    if recipe.loss.lecam_weight > 0:
+        run.state["lecam"] = lecam
     perceptual = build_perceptual(recipe.loss.perceptual).to(run.device) if recipe.loss.perceptual else None
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
@@ -72,40 +95,50 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         if recipe.loss.decoder_only_from is not None and run.step >= recipe.loss.decoder_only_from:
             fix_codes(bare, average.module if run.step == recipe.loss.decoder_only_from else None)
         adversarial = recipe.loss.adversarial_weight > 0 and run.step >= recipe.loss.adversarial_from
+        adversarial_weight = recipe.loss.adversarial_weight * adversarial_share(run.step, recipe.loss)
 
         # The autoencoder learns to reconstruct and, later on, to fool the discriminator.
         with run.autocast():
             output = autoencoder(images)
-        reconstruction = pixel_loss(output.images, images, recipe.loss)
+        reconstruction = pixel_loss(output, images, recipe.loss)
         if perceptual is not None and run.step >= recipe.loss.perceptual_from:
             with run.autocast():
                 distance = perceptual(output.images, images)
             reconstruction = reconstruction + recipe.loss.perceptual_weight * distance
             run.log(perceptual=distance)
         loss = reconstruction + output.bottleneck_loss
-        if adversarial:
+        if adversarial_weight > 0:
             with frozen(bare_discriminator), run.autocast():
-                fooling = hinge_generator(discriminator(output.images))
+                fooling = losses.generator(discriminator(output.images))
             balance = gradient_ratio(reconstruction, fooling, at=bare.decoder.conv_out.weight)
-            loss = loss + recipe.loss.adversarial_weight * balance * fooling
+            loss = loss + adversarial_weight * balance * fooling
             run.log(balance=balance, fooling=fooling)
         run.update(optimizers, loss)
         average.update_parameters(bare)
 
         # The discriminator learns to tell reconstructions from real images.
         if adversarial:
+            if recipe.loss.r1_weight > 0:
+                images = images.detach().requires_grad_()
             with run.autocast():
                 real, fake = discriminator(images), discriminator(output.images.detach())
-            discriminator_loss = hinge_discriminator(real, fake)
+            discriminator_loss = losses.discriminator(real, fake)
+            if recipe.loss.r1_weight > 0:
+                penalty = gradient_penalty(real, images)
+                discriminator_loss = discriminator_loss + recipe.loss.r1_weight / 2 * penalty
+                run.log(gradient_penalty=penalty)
+            if recipe.loss.lecam_weight > 0:
+                discriminator_loss = discriminator_loss + recipe.loss.lecam_weight * lecam(real, fake)
             run.update(discriminator_optimizers, discriminator_loss)
             run.log(discriminator=discriminator_loss)
 
         run.log(
             loss=loss,
             bottleneck=output.bottleneck_loss,
-            psnr=psnr(output.images.detach(), images).mean(),
-            perplexity=perplexity(code_counts(output.codes, bare.codebook_size)),
+            psnr=psnr(output.images.detach(), images.detach()).mean(),
         )
+        if output.codes is not None:
+            run.log(perplexity=perplexity(code_counts(output.codes, bare.codebook_size)))
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
             assert isinstance(exported, Autoencoder)
@@ -115,21 +148,35 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
 
 def fix_codes(autoencoder: Autoencoder, averaged: nn.Module | None) -> None:
-    """Ends the learning of encoder and codebook, at the averaged encoder if one is given.
+    """Ends the learning of encoder and bottleneck, at the averaged ones if they are given.
 
     A prior can then be trained on the codes of the weights exported so far while the decoder learns on.
     """
     if averaged is not None:
         assert isinstance(averaged, Autoencoder)
         autoencoder.encoder.load_state_dict(averaged.encoder.state_dict())
+        autoencoder.bottleneck.load_state_dict(averaged.bottleneck.state_dict())
     autoencoder.encoder.requires_grad_(False)
     autoencoder.bottleneck.eval().requires_grad_(False)
 
 
-def pixel_loss(images: Tensor, reference: Tensor, config: LossConfig) -> Tensor:
-    """Weighted sum of mean absolute and mean squared differences."""
-    images, reference = images.float(), reference.float()
-    return config.l1_weight * F.l1_loss(images, reference) + config.l2_weight * F.mse_loss(images, reference)
+def pixel_loss(output: Autoencoded, reference: Tensor, config: LossConfig) -> Tensor:
+    """Weighted sum of mean absolute differences, mean squared differences and -log likelihoods."""
+    images, reference = output.images.float(), reference.float()
+    loss = config.l1_weight * F.l1_loss(images, reference) + config.l2_weight * F.mse_loss(images, reference)
+    if config.bernoulli_weight > 0:
+        loss = loss + config.bernoulli_weight * bernoulli_loss(output.output, reference)
+    if config.logit_laplace_weight > 0:
+        loss = loss + config.logit_laplace_weight * logit_laplace_loss(output.output, reference)
+    return loss
+
+
+def adversarial_share(step: int, config: LossConfig) -> float:
+    """Share of the adversarial weight at `step`: 0 until the discriminator has warmed up, then a ramp up to 1."""
+    done = step - config.adversarial_from - config.adversarial_warmup
+    if done < 0:
+        return 0.0
+    return min(1.0, (done + 1) / max(1, config.adversarial_ramp))
 
 
 def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None:
@@ -137,8 +184,7 @@ def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None
     autoencoder.eval()
     wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
     images = torch.stack([validation.image(i) for i in wanted]).to(run.device)
-    codes = torch.cat([autoencoder.encode(part) for part in images.split(64)])
-    decoded = torch.cat([autoencoder.decode(part) for part in codes.split(64)])
+    decoded = torch.cat([autoencoder.decode_latents(autoencoder.encode_latents(part)) for part in images.split(64)])
     run.log_now(**{"validation/psnr": float(psnr(decoded, images).mean())})
     shown = [pair for i in range(0, min(256, len(images)), 16) for pair in (images[i], decoded[i])]
     labels = [label for i in range(len(shown) // 2) for label in ("image", "reconstruction")]

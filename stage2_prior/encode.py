@@ -36,6 +36,10 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     recipe = read_recipe(EncodeRecipe, recipe_path, overrides)
     state = PartialState()
     tokenizer = Autoencoder.from_pretrained(recipe.image_tokenizer).to(state.device)
+    if tokenizer.continuous:
+        raise InputError(
+            f"image_tokenizer: {recipe.image_tokenizer} is continuous and has no codes; name one with a codebook"
+        )
     data = ImageFolder(recipe.data.folder, tokenizer.image_size, recipe.data.split)
     meta = CodesMeta(
         tokenizer_fingerprint=tokenizer.fingerprint,

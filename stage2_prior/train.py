@@ -130,6 +130,10 @@ def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:
     if recipe.image_tokenizer is None:
         return None
     tokenizer = Autoencoder.from_pretrained(recipe.image_tokenizer)
+    if tokenizer.continuous:
+        raise InputError(
+            f"image_tokenizer: {recipe.image_tokenizer} is continuous and has no codes; name the one the codes are of"
+        )
     if tokenizer.fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
             f"the codes in {recipe.codes} were made by tokenizer {codes.meta.tokenizer_fingerprint}, "

@@ -1,22 +1,29 @@
-"""The contract of what sits between encoder and decoder."""
+"""The contract of what sits between encoder and decoder.
+
+Letters: B batch, D latent channels, h w latent grid, Q codebooks, K codebook size. The grid of the codes is that of
+the latents for every kind but one: see `stride`.
+"""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from common.errors import InputError
+
 
 class Bottlenecked(NamedTuple):
     latents: Tensor  # (B, D, h, w), what the decoder sees; gradients flow to the encoder
-    codes: Tensor  # (B, Q, h, w) int64 in [0, codebook_size)
-    loss: Tensor  # scalar: commitment and codebook terms, weighted
+    codes: Tensor | None  # (B, Q, h / stride, w / stride) int64 in [0, codebook_size); None when continuous
+    loss: Tensor  # scalar: codebook, commitment, KL or entropy terms, weighted; 0 when the kind has none
 
 
 class Bottleneck(nn.Module, ABC):
     """Latents in, latents and codes out."""
 
-    codebook_size: int
-    num_codebooks: int  # Q
+    codebook_size: int | None  # K; None when continuous
+    num_codebooks: int  # Q; 0 when continuous
+    stride: int = 1  # positions of the latents for one position of the codes, each side
 
     @abstractmethod
     def forward(self, z: Tensor) -> Bottlenecked:
@@ -24,4 +31,17 @@ class Bottleneck(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """(B, Q, h, w) -> (B, D, h, w): `lookup(forward(z).codes)` equals `forward(z).latents`."""
+        """(B, Q, h / stride, w / stride) -> (B, D, h, w): `lookup(forward(z).codes)` equals `forward(z).latents`.
+
+        For codes of eval mode, where nothing moves or is drawn. Raises InputError when continuous.
+        """
+
+
+class ContinuousBottleneck(Bottleneck):
+    """A bottleneck without codes."""
+
+    codebook_size = None
+    num_codebooks = 0
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        raise InputError("a continuous bottleneck has no codes to look up; hand its latents to the decoder")

@@ -1,8 +1,13 @@
-"""What codebooks share: nearest neighbours, the straight-through gradient, and the revival of unused codes."""
+"""What codebooks share: nearest neighbours, the gradient that passes them, and the revival of unused codes."""
+
+from typing import Literal, assert_never
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+Gradient = Literal["straight-through", "rotation"]  # how the decoder's gradient comes past the nearest code
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -13,7 +18,33 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     """The value of `quantized` with the gradient of `z` (Bengio et al. 2013)."""
-    return z + (quantized - z).detach()
+    return quantized.detach() + (z - z.detach())  # z - z is exactly 0: the decoder sees what `lookup` gives
+
+
+def rotation(z: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized`, as the rotation and scaling of `z` that leads to it (Fifty et al. 2024, section 4.2).
+
+    (B, D, h, w) both. The gradient of `quantized` is turned and scaled likewise on its way to `z`, so that its angle to
+    the code becomes its angle to `z`. The turn is that of two reflections, I - 2 r r' + 2 q e' with e and q the
+    directions of `z` and `quantized` and r that of e + q; it and the scale |quantized| / |z| are constants.
+    """
+    e, q = F.normalize(z.detach(), dim=1), F.normalize(quantized.detach(), dim=1)
+    r = F.normalize(e + q, dim=1)
+    scale = quantized.detach().norm(dim=1, keepdim=True) / z.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
+    change = z - z.detach()  # exactly 0, and linear in z
+    turned = change - 2 * r * (r * change).sum(1, keepdim=True) + 2 * q * (e * change).sum(1, keepdim=True)
+    return quantized.detach() + scale * turned
+
+
+def pass_gradient(z: Tensor, quantized: Tensor, gradient: Gradient) -> Tensor:
+    """The value of `quantized`, whichever the gradient to `z`."""
+    match gradient:
+        case "straight-through":
+            return straight_through(z, quantized)
+        case "rotation":
+            return rotation(z, quantized)
+        case _:
+            assert_never(gradient)
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -6,20 +6,29 @@ from einops import rearrange
 from torch import Tensor
 
 from stage1_tokenizer.bottlenecks.base import Bottleneck, Bottlenecked
-from stage1_tokenizer.bottlenecks.codebook import Revival, nearest, straight_through, sum_over_processes
+from stage1_tokenizer.bottlenecks.codebook import Gradient, Revival, nearest, pass_gradient, sum_over_processes
 
 
 class EMAVectorQuantizer(Bottleneck):
     """Each code is the running mean of the encoder outputs that chose it; no gradient reaches the codebook."""
 
+    codebook_size: int
     num_codebooks = 1
     codebook: Tensor  # (K, D)
     counts: Tensor  # (K,) running number of vectors that chose a code, a step
     sums: Tensor  # (K, D) running sum of them
 
-    def __init__(self, codebook_size: int, dim: int, beta: float, decay: float, patience: int) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        beta: float,
+        decay: float,
+        patience: int,
+        gradient: Gradient = "straight-through",
+    ) -> None:
         super().__init__()
-        self.codebook_size, self.beta, self.decay = codebook_size, beta, decay
+        self.codebook_size, self.beta, self.decay, self.gradient = codebook_size, beta, decay, gradient
         codebook = torch.randn(codebook_size, dim)
         self.register_buffer("codebook", codebook)
         self.register_buffer("counts", torch.ones(codebook_size))
@@ -34,7 +43,7 @@ class EMAVectorQuantizer(Bottleneck):
         if self.training:  # after the lookup: the decoder sees the codes of this step as they were
             self._follow(vectors, flat)
         loss = self.beta * F.mse_loss(z, quantized)
-        return Bottlenecked(straight_through(z, quantized), codes, loss)
+        return Bottlenecked(pass_gradient(z, quantized, self.gradient), codes, loss)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return rearrange(self.codebook[codes[:, 0]], "b h w d -> b d h w")

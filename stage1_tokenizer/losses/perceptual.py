@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS for users with a network, and the image tower of a CLIP, which can be one's own.
+"""Perceptual distances: LPIPS for users with its weights, and the image tower of a CLIP, which can be one's own.
 
 Both compare unit-normalised features of several depths position by position (Zhang et al. 2018, equation 1); with a
 CLIP there are no learned channel weights.
@@ -6,19 +6,22 @@ CLIP there are no learned channel weights.
 
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
-from urllib.error import URLError
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from common.config import Config
 from common.errors import InputError
 
+LPIPSNet = Literal["vgg", "alex", "squeeze"]
+
 
 class LPIPSConfig(Config):
     type: Literal["lpips"] = "lpips"
-    net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    net: LPIPSNet = "vgg"
+    weights: Path | None = None  # torchvision's file of that network, like vgg16-397923af.pth; None downloads it
 
 
 class CLIPFeaturesConfig(Config):
@@ -34,7 +37,7 @@ def build_perceptual(config: LPIPSConfig | CLIPFeaturesConfig) -> nn.Module:
     """A frozen module `(images, reference) -> scalar`, both (B, 3, H, W) in [-1, 1]; 0 for equal pictures."""
     match config:
         case LPIPSConfig():
-            return LPIPS(config.net)
+            return LPIPS(config.net, config.weights)
         case CLIPFeaturesConfig():
             return CLIPFeatures(config.folder, config.stages)
         case _:
@@ -42,26 +45,105 @@ def build_perceptual(config: LPIPSConfig | CLIPFeaturesConfig) -> nn.Module:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity (torchmetrics' port); its trunk's weights come from torchvision."""
+    """Learned perceptual image patch similarity, mean over pictures (Zhang et al. 2018, version 0.1 of its weights).
 
-    def __init__(self, net: Literal["vgg", "alex", "squeeze"]) -> None:
+    The channel weights of its heads ship with torchmetrics; those of the trunk are torchvision's ImageNet classifier.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, net: LPIPSNet, weights: Path | None = None) -> None:
         super().__init__()
-        try:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        self.taps = LPIPS_TAPS[net]
+        for index, head in enumerate(_lpips_heads(net)):  # (1, C, 1, 1)
+            self.register_buffer(f"head{index}", head)
+        self.layers = nn.ModuleList(_torchvision_features(net, weights)[: self.taps[-1] + 1])
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.eval().requires_grad_(False)
 
-            self.metric = LearnedPerceptualImagePatchSimilarity(net_type=net)
-        except ModuleNotFoundError:
-            raise InputError("LPIPS needs torchmetrics: pip install 'tessera[metrics]'") from None
-        except (URLError, OSError) as error:
-            raise InputError(
-                f"LPIPS needs the weights of torchvision's {net}, which cannot be downloaded ({error}); put the file "
-                f"into {torch.hub.get_dir()}/checkpoints or set loss.perceptual.type=clip"
-            ) from error
-        self.requires_grad_(False)
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        distance: Tensor = self.metric(images.clamp(-1, 1), reference)
-        return distance
+        with torch.no_grad():
+            wanted = self.features(reference)
+        distances = [
+            (self.get_buffer(f"head{index}") * (a - b).square()).sum(1).mean()
+            for index, (a, b) in enumerate(zip(self.features(images.clamp(-1, 1)), wanted, strict=True))
+        ]
+        return torch.stack(distances).sum()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> at each tap (B, C, h, w) float32 of unit length along C."""
+        x, found = (images - self.shift) / self.scale, []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index in self.taps:
+                feature = x.float()
+                found.append(feature / (feature.square().sum(1, keepdim=True) + 1e-8).sqrt())
+        return found
+
+
+# Layers of torchvision's `features` after which LPIPS looks: ReLUs, and SqueezeNet's later blocks.
+LPIPS_TAPS: dict[LPIPSNet, tuple[int, ...]] = {
+    "vgg": (3, 8, 15, 22, 29),
+    "alex": (1, 4, 7, 9, 11),
+    "squeeze": (1, 4, 7, 9, 10, 11, 12),
+}
+
+
+def _torchvision_features(net: LPIPSNet, weights: Path | None) -> nn.Sequential:
+    """The convolutional layers of a torchvision classifier, with the weights of a local file or downloaded ones."""
+    from torchvision import models
+
+    name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[net]
+    if weights is not None and not weights.is_file():
+        raise InputError(f"loss.perceptual.weights: {weights} is not a file; give torchvision's weights of {name}")
+    try:
+        if weights is None:
+            state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as error:  # URLError is one
+        raise InputError(
+            f"LPIPS needs torchvision's weights of {name}, which cannot be downloaded ({error}); give the file as "
+            "loss.perceptual.weights or set loss.perceptual.type=clip"
+        ) from error
+    except Exception as error:  # pickle, zip and torch each raise their own kinds here
+        raise InputError(
+            f"loss.perceptual.weights: {weights or name} cannot be read as weights ({type(error).__name__}); "
+            f"give torchvision's file of {name}"
+        ) from error
+    with torch.device("meta"):  # the classifier on top is never made
+        features: nn.Sequential = models.get_model(name, weights=None).features
+    try:
+        found = {key.removeprefix("features."): t for key, t in state.items() if key.startswith("features.")}
+        features.load_state_dict(found, assign=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{weights or name} does not hold torchvision's {name} ({_line(error)}); give that file"
+        ) from error
+    for layer in features.modules():  # in place, a later layer would change what a tap has kept
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    return features
+
+
+def _lpips_heads(net: LPIPSNet) -> list[Tensor]:
+    """The learned weights of the channels at each tap, (1, C, 1, 1)."""
+    try:
+        import torchmetrics.functional.image
+    except ModuleNotFoundError:
+        raise InputError("LPIPS needs torchmetrics: pip install 'tessera[metrics]'") from None
+    path = Path(torchmetrics.functional.image.__path__[0]) / "lpips_models" / f"{net}.pth"
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return [state[f"lin{index}.model.1.weight"] for index in range(len(LPIPS_TAPS[net]))]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class CLIPFeatures(nn.Module):
@@ -85,6 +167,8 @@ class CLIPFeatures(nn.Module):
             raise InputError(f"loss.perceptual.stages must be among 0 to 4, got {stages}")
         self.tower, self.stages = tower.eval().requires_grad_(False), stages
         preprocess = model.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1))
 
@@ -97,6 +181,13 @@ class CLIPFeatures(nn.Module):
         distances = [(a - b).square().sum(1).mean() for a, b in zip(self.features(images), wanted, strict=True)]
         return torch.stack(distances).mean()
 
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], brought to the CLIP's own size, -> the tower's embeddings (B, E), not normalised."""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True)
+        embedded: Tensor = self.tower(((images + 1) / 2 - self.mean) / self.std)
+        return embedded
+
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> of each stage (B, C, h, w) float32 of unit length along C."""
         x = self.tower.stem(((images + 1) / 2 - self.mean) / self.std)
@@ -105,4 +196,4 @@ class CLIPFeatures(nn.Module):
             x = getattr(self.tower, f"layer{stage}")(x)
             if stage in self.stages:
                 found.append(x)
-        return [torch.nn.functional.normalize(feature.float(), dim=1, eps=1e-6) for feature in found]
+        return [F.normalize(feature.float(), dim=1, eps=1e-6) for feature in found]

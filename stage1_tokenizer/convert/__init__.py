@@ -1,0 +1,67 @@
+"""Public image tokenizers made ours: `tessera convert FAMILY SOURCE... --out FOLDER`, one file per family."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common.errors import InputError, nearest
+from common.weights import save_pretrained
+from stage1_tokenizer.convert.vqgan import Converted, build
+
+FAMILIES = (
+    "taming-vqgan",
+    "openai-dvae",
+    "mindalle-vqgan",
+    "rudalle-vqgan",
+    "min-dalle-detoker",
+    "llamagen-vq",
+    "janus-vq",
+    "diffusers-vq",
+)
+
+__all__ = ["FAMILIES", "convert"]
+
+
+def convert(family: str, sources: Sequence[str | Path], out: str | Path, image_size: int | None = None) -> Path:
+    """Writes the tokenizer in `sources`, files or folders as published, to the folder `out` and returns it.
+
+    `image_size` is what it is used at, where the checkpoint does not say. Raises InputError when the sources are not
+    such a checkpoint, or when one of its weights is missing or left over.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
+        raise InputError(f"{out} exists and is not a tokenizer's folder; choose another one")
+    try:
+        config, weights = _read(family, [Path(source) for source in sources])
+    except ValidationError as error:  # sizes that no model of ours has
+        raise InputError(f"{sources[0]} asks for a model that cannot be built: {error.errors()[0]['msg']}") from None
+    if image_size is not None:
+        if image_size < 1 or image_size % config.trunk.factor:
+            raise InputError(f"image_size must be divisible by the factor {config.trunk.factor}, got {image_size}")
+        config = config.model_copy(update={"image_size": image_size})
+    save_pretrained(build(config, weights), config, out)
+    return out
+
+
+def _read(family: str, sources: list[Path]) -> Converted:
+    match family:
+        case "taming-vqgan":
+            from stage1_tokenizer.convert.taming import read
+        case "openai-dvae":
+            from stage1_tokenizer.convert.openai_dvae import read
+        case "mindalle-vqgan":
+            from stage1_tokenizer.convert.mindalle import read
+        case "rudalle-vqgan":
+            from stage1_tokenizer.convert.rudalle import read
+        case "min-dalle-detoker":
+            from stage1_tokenizer.convert.min_dalle import read
+        case "llamagen-vq":
+            from stage1_tokenizer.convert.llamagen import read
+        case "janus-vq":
+            from stage1_tokenizer.convert.janus import read
+        case "diffusers-vq":
+            from stage1_tokenizer.convert.diffusers import read
+        case _:
+            raise InputError(f"'{family}' is not a family of tokenizers{nearest(family, list(FAMILIES))}")
+    return read(sources)

@@ -1,0 +1,80 @@
+"""`tessera evaluate tokenizer`: every figure against one computed apart, and what is missing is said."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.data import ImageFolder
+from common.errors import InputError
+from common.metrics import frechet_distance, psnr
+from rerank.clip import new_clip
+from stage1_tokenizer import Autoencoder
+from stage1_tokenizer.evaluate import evaluate
+from stage1_tokenizer.losses.perceptual import CLIPFeatures
+
+RESNET = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+    "text_cfg": {"context_length": 24, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory, tiny_text_tokenizer):
+    torch.manual_seed(0)
+    clip = new_clip(RESNET, tiny_text_tokenizer)
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    clip.with_model(clip.model).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_figures_are_those_of_the_reconstructions(tiny_parts, folder, resnet, tmp_path):
+    lines = tmp_path / "figures.jsonl"
+    report = evaluate(tiny_parts / "image_tokenizer", folder, batch_size=5, clip=resnet, per_image=lines)
+
+    tokenizer, data = Autoencoder.from_pretrained(tiny_parts / "image_tokenizer"), ImageFolder(folder, 16)
+    images = torch.stack([data.image(i) for i in range(12)])
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    features = CLIPFeatures(resnet, (0, 1, 2, 3))
+    assert report["psnr"] == pytest.approx(float(psnr(decoded, images).mean()), abs=1e-2)
+    assert report["clip_distance"] == pytest.approx(float(features(decoded, images)), abs=1e-3)
+    expected = frechet_distance(features.embed(decoded), features.embed(images))
+    assert report["clip_frechet"] == pytest.approx(expected, abs=1e-3)
+    assert 0 < report["ssim"] < 1 and set(report["left_out"]) == {"lpips", "rfid"}
+
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == [f"{i:02d}.png" for i in range(12)]
+    for name in ("psnr", "ssim", "clip_distance"):
+        assert sum(row[name] for row in rows) / 12 == pytest.approx(report[name], abs=1e-3)
+
+
+def test_weights_of_something_else_are_refused(tiny_parts, folder, tmp_path):
+    (tmp_path / "other.pth").write_bytes(b"weights")
+    model = tiny_parts / "image_tokenizer"
+    with pytest.raises(InputError, match="other.pth is not weights-inception-2015-12-05-6726825d.pth"):
+        evaluate(model, folder, inception_weights=tmp_path / "other.pth")
+    with pytest.raises(InputError, match="cannot read the weights of Inception .*No such file"):
+        evaluate(model, folder, inception_weights=tmp_path / "missing.pth")
+    with pytest.raises(InputError, match="other.pth cannot be read as weights"):
+        evaluate(model, folder, lpips=tmp_path / "other.pth")
+    with pytest.raises(InputError, match="has no open_clip_config.json"):
+        evaluate(model, folder, clip=tmp_path)
+
+
+def test_one_picture_has_no_frechet_distance(tiny_parts, resnet, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
+    with pytest.raises(InputError, match="has 1 picture, a Fréchet distance needs at least 2"):
+        evaluate(tiny_parts / "image_tokenizer", tmp_path, clip=resnet)
