@@ -232,8 +232,8 @@ def evaluate_tokenizer(
     """Encode and decode pictures and say how much of them survives."""
     from stage1_tokenizer.evaluate import evaluate
 
-    weights = {"clip": clip, "lpips": lpips, "inception_weights": inception}
-    _print_report(evaluate(model, data, split, **weights, per_image=per_image), as_json)
+    report = evaluate(model, data, split, clip=clip, lpips=lpips, inception_weights=inception, per_image=per_image)
+    _print_report(report, as_json)
 
 
 @app.command()
