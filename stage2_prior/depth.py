@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 
 class DepthHead(nn.Module):
-    """With one codebook this is a linear layer."""
+    """The first code's logits are linear in the trunk's state; with one codebook that is all."""
 
     def __init__(self, num_codebooks: int, codebook_size: int, dim: int) -> None:
         super().__init__()
         deeper = range(1, num_codebooks)
         self.num_codebooks = num_codebooks
-        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in range(num_codebooks))
+        self.weight = nn.Parameter(torch.randn(codebook_size, dim) * 0.02)  # (K, E) of the first code
+        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in deeper)
         self.embeddings = nn.ModuleList(nn.Embedding(codebook_size, dim) for _ in deeper)
         self.blocks = nn.ModuleList(DepthBlock(dim) for _ in deeper)
         for layer in (*self.heads, *self.embeddings):
@@ -33,11 +34,11 @@ class DepthHead(nn.Module):
         """States (..., E) and the q first codes of their positions (..., q) -> logits of the next code (..., K)."""
         depth = before.shape[-1]
         if depth == 0:
-            return self.heads[0](state)
+            return F.linear(state, self.weight)
         x = state
         for embedding, codes in zip(self.embeddings, before.unbind(-1), strict=False):
             x = x + embedding(codes)
-        return self.heads[depth](self.blocks[depth - 1](x))
+        return self.heads[depth - 1](self.blocks[depth - 1](x))
 
 
 class DepthBlock(nn.Module):

@@ -6,8 +6,8 @@ Needs the Debian package fonts-noto-color-emoji (or another CBDT colour-emoji fo
 emoji, uharfbuzz and fonttools. The same font, packages and seed give the same files. It writes
 
     OUT/metadata.jsonl        one line per picture: file_name, text (true captions), split, kind, items, weight
-    OUT/train/*.png           about 46,000 pictures; a draw by `weight` is 38 % plain, 25 % on a coloured background,
-                              10 % one small glyph, 27 % two glyphs
+    OUT/train/*.png           about 46,000 pictures; a draw by `weight` is 45 % plain, 20 % on a coloured background,
+                              10 % one small glyph, 25 % two glyphs
     OUT/tone/*.png ...        pictures of each held-out split: tone, tone2, gender, colour, background, position, pair
     OUT/glyphs/               every glyph with its names, RGBA 136x136, and colours.json: what the judge compares with
     OUT/contact_sheet.png     some pictures of every kind and split with one of their captions

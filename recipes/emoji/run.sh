@@ -11,9 +11,9 @@ size=64 reranker=() tokenizer=() prior=()
 if [[ ${1:-cpu} == gpu ]]; then
   size=128
   reranker=(model.vision_cfg.image_size=128 run.batch_size=1024 run.steps=6000 run.num_workers=8)
-  tokenizer=(model.image_size=128 loss.decoder_only_from=20000 loss.perceptual_from=20000 loss.adversarial_from=20000
-    run.steps=30000 run.batch_size=128 run.num_workers=12)
-  prior=(model.dim=320 model.num_heads=5 model.depth=8 run.batch_size=512 run.steps=30000)
+  tokenizer=(model.image_size=128 model.trunk.patch_size=2 'model.trunk.multipliers=[1,2,2]' loss.decoder_only_from=40000
+    loss.perceptual_from=40000 loss.adversarial_from=40000 run.steps=60000 run.batch_size=128 run.num_workers=12)
+  prior=(run.batch_size=512 run.steps=30000)
 else
   # Two threads that a scheduler puts on one core are slower than one.
   export OMP_PROC_BIND=true OMP_PLACES=cores

@@ -51,7 +51,7 @@ CORNERS: dict[str, tuple[float, float]] = {
 }
 BESIDE: tuple[Box, Box] = ((0.0, 0.25, 0.5, 0.75), (0.5, 0.25, 1.0, 0.75))
 STACKED: tuple[Box, Box] = ((0.25, 0.0, 0.75, 0.5), (0.25, 0.5, 0.75, 1.0))
-SHARES = {"plain": 0.38, "background": 0.25, "small": 0.10, "pair": 0.27}  # of the training draws
+SHARES = {"plain": 0.45, "background": 0.20, "small": 0.10, "pair": 0.25}  # of the training draws
 TRAIN_PICTURES = {"background": 14_000, "small": 7_000, "pair": 22_000}
 SEEN_PROMPTS = 300
 COMBINATION_PROMPTS = {"background": 300, "position": 200, "pair": 300}
