@@ -34,7 +34,7 @@ def _group(help: str) -> typer.Typer:
 
 
 app = _group("Text to image in two stages: train your own, draw candidates, keep the best.")
-evaluate_app = _group("Measure a tokenizer or the whole pipeline.")
+evaluate_app = _group("Measure a tokenizer, a prior or the whole pipeline.")
 data_app = _group("Look at data before training on it.")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
@@ -258,6 +258,21 @@ def reconstruct(
         _print_table([{"psnr": f"{r.psnr:.2f}", "size": f"{r.width}x{r.height}", "picture": r.path} for r in done])
     seconds = time.perf_counter() - start
     _say(f"{len(done)} images in {seconds:.1f} s, {len(done) / seconds:.1f} images per second")
+
+
+@evaluate_app.command("prior")
+def evaluate_prior(
+    model: Annotated[str, typer.Argument(help="A prior's folder or hub name.")],
+    codes: Annotated[Path, typer.Argument(help="A folder of codes, as tessera encode writes it.")],
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Also the loss of what sampling with it draws from.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how well a prior foretells the codes of pictures, in nats."""
+    from stage2_prior.evaluate import evaluate
+
+    _print_report(evaluate(model, codes, guidance_scale), as_json)
 
 
 @evaluate_app.command("pipeline")

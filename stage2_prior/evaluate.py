@@ -1,0 +1,81 @@
+"""How well a prior foretells codes: `tessera evaluate prior MODEL CODES`, in nats on pictures it has not seen."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.text import PAD
+from stage2_prior.codes import Codes
+from stage2_prior.load import load_prior
+from stage2_prior.sampling.settings import guide
+
+
+@torch.inference_mode()
+def evaluate(
+    model: str | Path, codes: str | Path, guidance_scale: float | None = None, batch_size: int = 32
+) -> dict[str, Any]:
+    """Mean losses over all pictures of a folder of codes, each with its first caption, cut where it is too long.
+
+    `image` is nats a code given the caption, `image_by_depth` the same for each codebook, `image_without_caption` what
+    it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text` is
+    nats a text token, the end of the text among them (None where no picture has a caption). Raises InputError when the
+    codes are not those of the prior's image tokenizer.
+    """
+    source, prior = Codes(codes), load_prior(model)
+    if prior.config.image_tokenizer_fingerprint not in ("", source.meta.tokenizer_fingerprint):
+        raise InputError(
+            f"the prior in {model} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, {codes} holds "
+            f"codes of {source.meta.tokenizer_fingerprint}; encode the pictures with the prior's own tokenizer"
+        )
+    assert prior.text_tokenizer is not None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prior.to(device)
+    captioned, alone, guided = (torch.zeros(prior.num_codebooks, dtype=torch.float64) for _ in range(3))
+    text, tokens, start = 0.0, 0, time.perf_counter()
+    for first in tqdm(range(0, len(source), batch_size), unit="batch", disable=not sys.stderr.isatty()):
+        rows = source.codes[first : first + batch_size].long().to(device)  # (B, T)
+        captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
+        prefix = prior.pad([prior.text_tokenizer.encode(caption) for caption in captions])  # (B, P)
+        predictions = prior.predict(prefix, rows)
+        unconditional = prior(prior.null_prefix(len(rows)), rows)
+        captioned += by_depth(predictions.codes, rows, prior.num_codebooks)
+        alone += by_depth(unconditional, rows, prior.num_codebooks)
+        if guidance_scale is not None:
+            mixed = guide(predictions.codes, unconditional, guidance_scale)
+            guided += by_depth(mixed, rows, prior.num_codebooks)
+        targets = prefix[:, 1:]
+        said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
+        text += float(nats(predictions.text, targets)[said].double().sum())
+        tokens += int(said.sum())
+    seconds = time.perf_counter() - start
+    positions = len(source) * prior.length // prior.num_codebooks
+    report: dict[str, Any] = {
+        "model": str(model),
+        "codes": str(codes),
+        "pictures": len(source),
+        "image": round(float(captioned.mean()) / positions, 4),
+        "image_by_depth": [round(float(nat) / positions, 4) for nat in captioned],
+        "image_without_caption": round(float(alone.mean()) / positions, 4),
+    }
+    if guidance_scale is not None:
+        report |= {"guidance_scale": guidance_scale, "image_guided": round(float(guided.mean()) / positions, 4)}
+    return report | {
+        "text": round(text / tokens, 4) if tokens else None,
+        "images_per_second": round(len(source) / seconds, 1),
+    }
+
+
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """(..., K) logits and (...) int64 -> -log p of each target, (...)."""
+    return -logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def by_depth(logits: Tensor, codes: Tensor, num_codebooks: int) -> Tensor:
+    """Logits (B, T, K) and codes (B, T) -> the sum of their nats for each codebook (Q,), in double precision."""
+    return nats(logits, codes).double().view(-1, num_codebooks).sum(0).cpu()
