@@ -246,34 +246,13 @@ def golden(name: str) -> tuple[Weights, Weights]:
     return weights, {key: value for key, value in tensors.items() if not key.startswith("weights/")}
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "entry"),
-    [
-        ("taming-vqgan", "taming_vqgan", "state_dict"),
-        ("mindalle-vqgan", "mindalle_vqgan", "state_dict"),
-        ("llamagen-vq", "llamagen_vq", "model"),
-    ],
-)
-def test_golden_codes_and_pictures(family: str, name: str, entry: str, tmp_path: Path) -> None:
-    weights, data = golden(name)
-    torch.save({entry: weights}, tmp_path / "checkpoint.ckpt")
+@pytest.mark.parametrize("family", ["taming-vqgan", "mindalle-vqgan"])  # their checkpoints have the same names
+def test_golden_codes_and_pictures(family: str, tmp_path: Path) -> None:
+    weights, data = golden("mindalle_vqgan")
+    torch.save({"state_dict": weights}, tmp_path / "checkpoint.ckpt")
     tokenizer = converted(family, [tmp_path / "checkpoint.ckpt"], tmp_path)
     assert torch.equal(tokenizer.encode(data["in/image"]).flatten(), data["out/codes"].flatten())
     same_pictures(tokenizer.decode(data["in/codes"].unsqueeze(1)), data["out/decoded_codes"])
-    if "out/quant" in data:
-        looked_up = tokenizer.bottleneck.lookup(data["out/codes"].unsqueeze(1))
-        torch.testing.assert_close(looked_up, data["out/quant"], rtol=1e-4, atol=1e-5)
-
-
-def test_golden_janus(tmp_path: Path) -> None:
-    weights, data = golden("janus_vq")
-    save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "janus", "vq_config": {"num_patches": 4}}))
-    tokenizer = converted("janus-vq", [tmp_path], tmp_path)
-    assert tokenizer.image_size == 16 and tokenizer.code_shape == (1, 4, 4)
-    assert torch.equal(tokenizer.encode(data["in/image"]).flatten(1), data["out/vq_tokens"])
-    codes = data["in/image_tokens"].view(-1, 1, 4, 4)
-    same_pictures(tokenizer.decode(codes), data["out/decoded_tokens"].movedim(-1, 1))
 
 
 def test_golden_dvae_from_pickled_modules(tmp_path: Path) -> None:
