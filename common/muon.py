@@ -47,11 +47,11 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
         state = self.state[matrix]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(matrix)
+        if "momentum_buffer" not in state:  # torch's name, so that its checkpoints load
+            state["momentum_buffer"] = torch.zeros_like(matrix)
         assert matrix.grad is not None
-        state["momentum"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["momentum"], momentum)
+        state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["momentum_buffer"], momentum)
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,7 +2,7 @@
 
 A trunk that runs once a position says what stands there; this head draws its Q codes, each given the ones before it.
 Deliberate difference from RQ-Transformer: where that has a second transformer over the depth, each depth here has an
-MLP over the trunk's state plus the embeddings of the codes so far, which is all that the few codes of a position need.
+MLP over the trunk's state plus the embeddings of the codes so far, which costs little beside the trunk.
 
 Letters: Q codebooks, K codebook size, E width.
 """

@@ -1,6 +1,7 @@
 """`tessera evaluate prior`: losses against ones summed code by code, and codes of another tokenizer."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from common.errors import InputError
 from stage2_prior import flatten_codes, load_prior
-from stage2_prior.evaluate import evaluate
+from stage2_prior.evaluate import by_depth, evaluate
 from stage2_prior.sampling.settings import guide
 
 CAPTIONS = ["a red heart", "a dog", "红心在蓝色圆圈上方"]
@@ -49,6 +50,13 @@ def test_losses_are_the_means_over_single_codes_and_tokens(tiny_parts, codes):
     for name, total in sums.items():
         assert report[name] == pytest.approx(total / (tokens if name == "text" else sequences.numel()), abs=1e-3)
     assert report["image_by_depth"] == [report["image"]] and report["pictures"] == 4
+
+
+def test_codes_of_a_position_are_told_apart_by_depth():
+    logits = torch.zeros(1, 6, 4)  # three positions of two codes each
+    logits[0, ::2, 1] = 50.0  # the first of each position is certain to be 1
+    found = by_depth(logits, torch.ones(1, 6, dtype=torch.int64), 2)
+    torch.testing.assert_close(found, torch.tensor([0.0, 3 * math.log(4)], dtype=torch.float64))
 
 
 def test_codes_of_another_tokenizer_are_refused(tiny_parts, codes):

@@ -51,6 +51,20 @@ def test_state_loads_into_a_new_optimizer():
     assert torch.equal(matrix, again)
 
 
+def test_checkpoints_of_torchs_own_muon_go_on_with_their_momentum():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 6), torch.randn(2, 4, 6)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    first, other = Muon([ours], lr=0.1), torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs.grad = gradients[0].clone()
+    other.step()
+    first.load_state_dict(copy.deepcopy(other.state_dict()))
+    before = first.state[ours]["momentum_buffer"].clone()
+    ours.grad = gradients[1].clone()
+    first.step()
+    torch.testing.assert_close(first.state[ours]["momentum_buffer"], before.lerp(gradients[1], 0.05))
+
+
 def test_bfloat16_is_chosen_by_what_the_cpu_can_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
