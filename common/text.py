@@ -1,20 +1,27 @@
 """Text as byte-level BPE: lossless on any UTF-8, trained on captions, one `tokenizer.json` of the tokenizers library.
 
-Ids 0, 1 and 2 are <pad>, <start> and <end>; every byte has a token, so no text is unknown.
+Ids 0, 1 and 2 are <pad>, <start> and <end>; every byte has a token, so no text is unknown. Lossless is up to Unicode's
+canonical equivalence: text becomes NFC first, so that a letter is the same however it was typed.
 """
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from random import Random
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from common.bpe_dropout import DroppingBPE
 from common.errors import InputError
+from common.foreign_text import adopt, as_json, clip_tokenizer
 from common.weights import new_folder
 
 PAD, START, END = 0, 1, 2
 SPECIALS = ["<pad>", "<start>", "<end>"]
 FILE = "tokenizer.json"
+CLIP = "clip"  # the name of CLIP's own tokenizer
 MAX_TOKEN_BYTES = 16  # keeps Chinese, which has no spaces, from merging into whole clauses
 
 
@@ -31,8 +38,9 @@ class TextTokenizer:
         if vocab_size < len(alphabet) + len(SPECIALS):
             raise InputError(f"vocab_size must be at least {len(alphabet) + len(SPECIALS)} (bytes and specials)")
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        # Always one space in front, so that a word is the same wherever it stands; `decode` takes it away again.
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -46,7 +54,12 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
-        """Reads `folder/tokenizer.json`. Raises InputError when it is missing, broken or not one of ours."""
+        """Reads `folder/tokenizer.json`, ours or one of transformers' layout; "clip" is CLIP's own tokenizer.
+
+        Ids of foreign ones move up by three (`foreign_text.py`). Raises InputError when the file is missing or broken.
+        """
+        if str(folder) == CLIP and not Path(folder).exists():
+            return cls(_adopted(clip_tokenizer()))
         path = Path(folder) / FILE
         if not path.is_file():
             raise InputError(f"{folder} has no {FILE}; give a folder written by tessera train text-tokenizer")
@@ -54,9 +67,8 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path} cannot be read ({error}); restore the file") from None
-        if [tokenizer.token_to_id(special) for special in SPECIALS] != [PAD, START, END]:
-            raise InputError(f"{path} must have {', '.join(SPECIALS)} as ids 0, 1, 2; train it with tessera")
-        return cls(tokenizer)
+        ours = [tokenizer.token_to_id(special) for special in SPECIALS] == [PAD, START, END]
+        return cls(tokenizer if ours else _adopted(tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
         with new_folder(folder) as part:
@@ -68,17 +80,27 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        return max(self._tokenizer.get_vocab().values()) + 1  # foreign ids may have gaps
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids without specials or padding; a `<pad>` written in the text is text, not padding."""
+    def encode(self, text: str, dropout: float = 0.0, random: Random | None = None) -> list[int]:
+        """Ids without specials or padding; a `<pad>` written in the text is text, not padding.
+
+        `dropout` leaves each merge out with that probability, drawn by `random` (`bpe_dropout.py`).
+        """
+        if dropout:
+            return self._dropping.encode(text, dropout, random or Random())
         self._tokenizer.encode_special_tokens = True
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many ids `encode` gives for each text."""
+        self._tokenizer.encode_special_tokens = True
+        return [len(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """The text behind `ids` (NFC, with the leading space that word-initial tokens carry removed)."""
@@ -89,3 +111,11 @@ class TextTokenizer:
         """The content of `tokenizer.json`."""
         text: str = self._tokenizer.to_str()
         return text
+
+    @cached_property
+    def _dropping(self) -> DroppingBPE:
+        return DroppingBPE(self._tokenizer)
+
+
+def _adopted(tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(adopt(as_json(tokenizer), SPECIALS)))

@@ -1,6 +1,7 @@
 """Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
 
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.load import load_prior
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior
+from stage2_prior.truncation import describe, truncation
 
 
 class GPTSize(Config):
@@ -39,6 +41,7 @@ class PriorRecipe(Config):
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    bpe_dropout: float = Field(0.0, ge=0, le=1)  # share of merges left out of captions; Provilkov et al. 2020: 0.1
     prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -83,11 +86,14 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     depth_weights = depth_weights / depth_weights.sum()
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
+    captions = [caption for choices in codes.captions for caption in choices]
+    run.say(describe(truncation(text_tokenizer, captions, prior.prefix_length), prior.prefix_length))
 
     for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
         dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
         texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        random = Random(f"{recipe.run.seed} {run.step} {rank}")
+        prefix = prior.pad([text_tokenizer.encode(text, recipe.bpe_dropout, random) for text in texts])  # (B, P)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
         image_loss = (depth_weights * depth_losses).sum()

@@ -10,11 +10,13 @@ from common.config import Config, read_recipe
 from common.data import DataConfig, Item, read_items
 from common.errors import InputError
 from common.text import TextTokenizer
+from stage2_prior.truncation import describe, truncation
 
 
 class TextRecipe(Config):
     data: DataConfig
     vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    text_length: int | None = Field(None, ge=2)  # of the prior it is for; says what of each language would be cut
     output: Path
 
 
@@ -26,12 +28,15 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         raise InputError(f"{recipe.data.folder} has pictures but no captions to train a text tokenizer on")
     tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size)
     tokenizer.save_pretrained(recipe.output)
-    lengths = sorted(len(tokenizer.encode(caption)) for caption in _captions(items))
+    captions = list(_captions(items))
+    lengths = sorted(tokenizer.lengths(captions))
     print(
         f"{recipe.output}: {tokenizer.vocab_size} tokens; captions have {lengths[len(lengths) // 2]} tokens in the "
         f"median, {lengths[int(len(lengths) * 0.99)]} at the 99th percentile, {lengths[-1]} at most",
         file=sys.stderr,
     )
+    if recipe.text_length is not None:
+        print(describe(truncation(tokenizer, captions, recipe.text_length), recipe.text_length), file=sys.stderr)
     return recipe.output
 
 
