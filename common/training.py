@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -110,8 +110,10 @@ class Run:
         self.state[name] = average
         return average
 
-    def optimizers(self, name: str, model: nn.Module, config: OptimizerConfig) -> "Optimizers":
-        optimizers = Optimizers(model, config, self.config.steps)
+    def optimizers(
+        self, name: str, model: nn.Module, config: OptimizerConfig, rates: Mapping[str, float] | None = None
+    ) -> "Optimizers":
+        optimizers = Optimizers(model, config, self.config.steps, rates)
         self.state[name] = optimizers
         return optimizers
 
@@ -286,15 +288,23 @@ class Run:
 
 
 class Optimizers:
-    """The optimizer(s) of one model with warm-up, cosine schedule and weight decay on matrices only."""
+    """The optimizer(s) of one model with warm-up, cosine schedule and weight decay on matrices only.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int) -> None:
+    `rates` gives parameters with a name part, such as "lora_B", another multiple of AdamW's learning rate.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
+    ) -> None:
         self.config, self.steps = config, steps
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         muon = {id(p) for p in _block_matrices(model)} if config.type == "muon" else set()
-        decayed = [p for p in self.parameters if p.ndim >= 2 and id(p) not in muon]
-        plain = [p for p in self.parameters if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = []
+        for rate, named in _by_rate(model, rates or {}).items():
+            decayed = [p for p in named if p.ndim >= 2 and id(p) not in muon]
+            plain = [p for p in named if p.ndim < 2]
+            groups.append({"params": decayed, "weight_decay": config.weight_decay, "rate": rate})
+            groups.append({"params": plain, "weight_decay": 0.0, "rate": rate})
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
         ]
@@ -317,7 +327,7 @@ class Optimizers:
         factor = schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate * group.get("rate", 1.0) * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -343,6 +353,16 @@ def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> fl
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _by_rate(model: nn.Module, rates: Mapping[str, float]) -> dict[float, list[nn.Parameter]]:
+    """The trained parameters for each multiple of the learning rate, those without a rate of their own first."""
+    found: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for part, rate in rates.items() if part in name.split(".")), 1.0)
+            found.setdefault(rate, []).append(parameter)
+    return found
 
 
 def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -22,6 +22,7 @@ from common.errors import InputError
 EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
     "fontTools": "emoji",
+    "peft": "lora",
     "tensorboard": "track",
     "torch_fidelity": "metrics",
     "torchmetrics": "metrics",
@@ -40,6 +41,9 @@ app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of a table.")]
+LoraOptions = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="FOLDER[:WEIGHT]", help="Draw with a LoRA; several are fine.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.SUB=VALUE", help="Changes to the recipe.")]
 BUNDLE = "A shipped bundle, a bundle's folder, or a hub name."
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
@@ -126,6 +130,7 @@ def generate(
         bool, typer.Option("--rerank/--no-rerank", help="Order the pictures by how well they fit.")
     ] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU when there is one.")] = None,
+    loras: LoraOptions = None,
     replay: Annotated[Path | None, typer.Option(help="Draw this PNG of ours again, instead of a prompt.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -135,7 +140,8 @@ def generate(
     if replay is not None:
         if prompts or prompts_file:
             raise InputError("--replay draws what the picture remembers; leave the prompts out")
-        _show_replayed(generating.replay(replay, output, model=model, device=device), as_json)
+        drawn = generating.replay(replay, output, model=model, device=device, loras=_weighted(loras))
+        _show_replayed(drawn, as_json)
         return
     texts = [*(prompts or []), *(generating.read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
@@ -149,6 +155,7 @@ def generate(
         seed=seed,
         rerank=rerank,
         device=device,
+        loras=_weighted(loras),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -203,6 +210,34 @@ def train(part: Trainable, recipe: Recipe, overrides: Overrides = None) -> None:
         case Trainable.text_tokenizer:
             from stage2_prior.train_text import train as run
     print(run(recipe, overrides or []))
+
+
+class Finetunable(StrEnum):
+    prior = "prior"
+
+
+@app.command()
+def finetune(
+    part: Annotated[Finetunable, typer.Argument(help="The part to teach.")], recipe: Recipe, overrides: Overrides = None
+) -> None:
+    """Teach a trained part something new by LoRA; started again, it goes on where it stopped."""
+    from stage2_prior.finetune import finetune as run
+
+    print(run(recipe, overrides or []))
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="A bundle, or a prior's folder.")],
+    loras: LoraOptions = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder of the result.")] = None,
+) -> None:
+    """Make LoRAs part of a model for good, and write it as a model of the same kind."""
+    from pipelines.merge import merge as run
+
+    if not loras or out is None:
+        raise InputError("there is nothing to merge; give --lora FOLDER[:WEIGHT] and --out FOLDER")
+    print(run(model, _weighted(loras), out))
 
 
 @app.command()
@@ -370,6 +405,21 @@ def bundle(
         sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
     )
     print(out)
+
+
+def _weighted(loras: list[str] | None) -> list[tuple[str, float]]:
+    """The folder and the weight in each FOLDER[:WEIGHT]. Raises InputError for a weight that is no number."""
+    found = []
+    for text in loras or []:
+        folder, colon, weight = text.rpartition(":")
+        if not colon or Path(text).is_dir():
+            found.append((text, 1.0))
+            continue
+        try:
+            found.append((folder, float(weight)))
+        except ValueError:
+            raise InputError(f"--lora {text}: the weight '{weight}' is not a number; write FOLDER:0.8") from None
+    return found
 
 
 # Printing -------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,12 @@ SHEET_COLUMNS = 8
 TOGETHER = 64  # candidates drawn before their pictures are written
 
 
+class OriginLora(Config):
+    name: str  # of its folder
+    fingerprint: str
+    weight: float
+
+
 class Origin(Config):
     """What a PNG remembers: enough to draw it again."""
 
@@ -43,6 +49,7 @@ class Origin(Config):
     bundle: str  # fingerprint
     model: str  # name of the bundle: shipped, on the hub, or of the folder it was in
     version: str
+    loras: tuple[OriginLora, ...] | None = None
     score: float | None = None  # of this picture, None where nothing was reranked
     seeds: tuple[int, ...] | None = None  # of a contact sheet: all its candidates, in its order
 
@@ -89,19 +96,24 @@ def generate(
     rerank: bool = True,
     sheet: bool = True,
     device: str | torch.device | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     **sampling: Any,
 ) -> Report:
     """Draws `num_candidates` for each prompt and writes the best `num_images` (4) into the folder `output`.
 
     `sampling` are temperature, top_k, top_p and guidance_scale, by default the bundle's; all prompts use the same
-    seeds. `sheet` adds a contact sheet of all candidates with their scores. Everything is checked before the first
-    picture is drawn, and a file is written whole or not at all. Raises InputError.
+    seeds. `loras` are folders with their weights. `sheet` adds a contact sheet of all candidates with their scores.
+    Everything is checked before the first picture is drawn, and a file is written whole or not at all.
+
+    Raises InputError.
     """
     start = time.perf_counter()
     prompts = check_prompts(prompts)
     seeds = check_seeds(num_candidates, seed, None)
     keep = check_keep(num_images, len(seeds))
     pipeline = TextToImagePipeline.from_pretrained(model, device=device, rerank=rerank)
+    for lora, weight in loras:
+        pipeline.load_lora_weights(lora, weight)
     settings = pipeline.settings(**sampling)
     pipeline.prefixes(prompts)  # the length of all prompts, before the first of them is drawn
 
@@ -133,6 +145,7 @@ def generate(
                     bundle=pipeline.fingerprint or "",
                     model=public_name(model),
                     version=tessera_version(),
+                    loras=_origins(pipeline),
                 )
                 drawn.append(
                     _write(folder, origin, generated.images[ranked], generated.seeds[ranked], scores, keep, sheet)
@@ -148,11 +161,13 @@ def replay(
     *,
     model: str | Path | None = None,
     device: str | torch.device | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> Replayed:
     """Draws a PNG of `generate` again from what it remembers, and writes it into the folder `output`.
 
-    `model` is the bundle, by default the one that the picture names. Raises InputError when the picture remembers
-    nothing or is a contact sheet, or when the bundle is not the one that it was drawn with.
+    `model` is the bundle, by default the one that the picture names; `loras` are the folders of those that it was drawn
+    with, with the weights that they had. Raises InputError when the picture remembers nothing or is a contact sheet, or
+    when the bundle or the LoRAs are not those that it was drawn with.
     """
     start = time.perf_counter()
     origin = _read(Path(picture))
@@ -172,6 +187,11 @@ def replay(
         )
     before = open_image(picture)
     pipeline = TextToImagePipeline.from_pretrained(name, device=device, rerank=False)
+    for lora, weight in loras:
+        pipeline.load_lora_weights(lora, weight)
+    if (_origins(pipeline) or ()) != (origin.loras or ()):
+        wanted = " ".join(f"--lora FOLDER:{one.weight:g} ({one.name}, {one.fingerprint})" for one in origin.loras or ())
+        raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
     sampling = origin.sampling.model_dump()
     # None would mean the bundle's own setting, which may have changed since.
     sampling |= {"top_k": sampling["top_k"] or 0, "top_p": sampling["top_p"] or 1.0}
@@ -275,6 +295,12 @@ def _free_path(folder: Path, stem: str, origin: Origin) -> Path:
         if not path.exists() or _is_the_same(path, origin):
             return path
         number += 1
+
+
+def _origins(pipeline: TextToImagePipeline) -> tuple[OriginLora, ...] | None:
+    applied = [(lora.name, lora.fingerprint, weight) for lora, weight in pipeline.loras.applied]
+    origins = tuple(OriginLora(name=name, fingerprint=own, weight=weight) for name, own, weight in applied)
+    return origins or None
 
 
 def _is_the_same(path: Path, origin: Origin) -> bool:

@@ -23,7 +23,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     match report["kind"]:
         case "bundle":
             report |= _bundle(folder)
-        case "image tokenizer" | "prior" | "reranker" | "text tokenizer":
+        case "image tokenizer" | "prior" | "reranker" | "text tokenizer" | "LoRA":
             report |= _part(folder)
         case "data":
             report |= _data(folder)
@@ -45,6 +45,8 @@ def kind_of(folder: Path) -> str | None:
         return "bundle"
     if (folder / "open_clip_config.json").is_file():
         return "reranker"
+    if (folder / "adapter_config.json").is_file():
+        return "LoRA"
     if (folder / "config.json").is_file():
         return "image tokenizer" if _read_json(folder / "config.json").get("type") == "autoencoder" else "prior"
     if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -103,7 +105,7 @@ def _part(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if any(folder.glob("*.safetensors")):
         report |= {"parameters": parameters(folder)}
-    for name in ("config.json", "open_clip_config.json"):
+    for name in ("config.json", "open_clip_config.json", "adapter_config.json"):
         if (folder / name).is_file():
             report |= _read_json(folder / name)
     if (folder / "tokenizer.json").is_file():

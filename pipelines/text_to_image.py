@@ -21,6 +21,7 @@ from pipelines.bundle import load_bundle, save_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import GPTPrior, Sampling, sample, unflatten_codes
+from stage2_prior.lora import Loras
 
 MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
@@ -64,6 +65,7 @@ class TextToImagePipeline:
         """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without."""
         self.image_tokenizer, self.prior, self.reranker = image_tokenizer, prior, reranker
         self.sampling, self.fingerprint = sampling or Sampling(), fingerprint
+        self.loras = Loras(prior)
 
     @classmethod
     def from_pretrained(
@@ -81,10 +83,31 @@ class TextToImagePipeline:
         return cls(*load_bundle(name, device=find_device(device), dtype=dtype, rerank=rerank))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the pipeline as a bundle."""
+        """Writes the pipeline as a bundle. Raises InputError for LoRAs that are not part of the prior."""
+        if self.loras.applied:
+            raise InputError(
+                "the pipeline has LoRAs that are not fused; call fuse_lora() or unload_lora_weights() first"
+            )
         if not isinstance(self.reranker, ClipReranker | None):
             raise InputError(f"a {type(self.reranker).__name__} cannot be saved in a bundle, only a ClipReranker can")
         save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling)
+
+    def load_lora_weights(self, folder: str | Path, weight: float = 1.0) -> None:
+        """Draws with `weight` times the LoRA in a folder or of a hub name from now on, beside those loaded before.
+
+        Raises InputError when it cannot be read, or was trained on another prior.
+        """
+        self.loras.add(folder, weight)
+
+    def unload_lora_weights(self) -> None:
+        """Draws without LoRAs again, bit by bit as before; those that were fused stay."""
+        self.loras.remove()
+
+    def fuse_lora(self) -> None:
+        """Makes the LoRAs part of the prior for good, so that it can be saved, or be the base of another."""
+        if self.loras.applied:
+            self.fingerprint = None  # it draws other pictures than its bundle
+        self.loras.fuse()
 
     def __call__(
         self,

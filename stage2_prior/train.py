@@ -74,7 +74,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     recipe = read_recipe(PriorRecipe, recipe_path, overrides)
     codes = Codes(recipe.codes)
     text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
-    image_tokenizer = _image_tokenizer(recipe, codes)
+    image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     torch.manual_seed(recipe.run.seed)
     prior = _prior(recipe, codes, text_tokenizer)
 
@@ -107,7 +107,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             assert isinstance(exported, GPTPrior)
             exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
-                _sample(run, exported, image_tokenizer.to(run.device), recipe, codes)
+                tokenizer = image_tokenizer.to(run.device)
+                sample_pictures(run, exported, tokenizer, recipe.prompts, recipe.sampling, codes)
     return folder
 
 
@@ -124,33 +125,39 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
         )
         return GPTPrior(config, text_tokenizer)
     prior = load_prior(recipe.prior, text_tokenizer)
-    if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
-        raise InputError(
-            f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
-            f"{recipe.codes} holds codes of {codes.meta.tokenizer_fingerprint}; encode with the prior's own tokenizer"
-        )
+    check_codes(prior, recipe.prior, codes, recipe.codes)
     return prior.train()
 
 
-def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:
-    if recipe.image_tokenizer is None:
-        return None
-    tokenizer = Autoencoder.from_pretrained(recipe.image_tokenizer)
-    if tokenizer.continuous:
+def check_codes(prior: GPTPrior, folder: Path, codes: Codes, codes_folder: Path) -> None:
+    """Raises InputError unless the codes are those that a prior draws."""
+    if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
-            f"image_tokenizer: {recipe.image_tokenizer} is continuous and has no codes; name the one the codes are of"
+            f"the prior in {folder} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
+            f"{codes_folder} holds codes of {codes.meta.tokenizer_fingerprint}; encode with the prior's own tokenizer"
         )
+
+
+def find_image_tokenizer(folder: Path | None, codes: Codes, codes_folder: Path) -> Autoencoder | None:
+    """The tokenizer in `folder`, None without one. Raises InputError unless it made the codes."""
+    if folder is None:
+        return None
+    tokenizer = Autoencoder.from_pretrained(folder)
+    if tokenizer.continuous:
+        raise InputError(f"image_tokenizer: {folder} is continuous and has no codes; name the one the codes are of")
     if tokenizer.fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
-            f"the codes in {recipe.codes} were made by tokenizer {codes.meta.tokenizer_fingerprint}, "
-            f"{recipe.image_tokenizer} is {tokenizer.fingerprint}; encode again or name the right tokenizer"
+            f"the codes in {codes_folder} were made by tokenizer {codes.meta.tokenizer_fingerprint}, "
+            f"{folder} is {tokenizer.fingerprint}; encode again or name the right tokenizer"
         )
     return tokenizer
 
 
-def _sample(run: Run, prior: GPTPrior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
-    """A picture for each of the prompts, the same seeds every time."""
-    prompts = recipe.prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
-    drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), recipe.sampling)
+def sample_pictures(
+    run: Run, prior: GPTPrior, tokenizer: Autoencoder, prompts: tuple[str, ...], sampling: Sampling, codes: Codes
+) -> None:
+    """A picture for each of the prompts, or of some captions of the codes; the same seeds every time."""
+    prompts = prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
+    drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), sampling)
     images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
     run.save_pictures("samples", images, list(prompts))
