@@ -25,9 +25,9 @@ def adopt(content: dict[str, Any], specials: list[str]) -> dict[str, Any]:
         own = {names.get(token, token): i + shift for token, i in model["vocab"].items()}
         model["vocab"] = {special: i for i, special in enumerate(specials)} | own
     else:  # Unigram: pieces with their scores, the place of each is its id
-        own = [[names.get(token, token), score] for token, score in model["vocab"]]
-        lowest = min(score for _, score in own)
-        model["vocab"] = [[special, lowest] for special in specials] + own
+        pieces = [[names.get(token, token), score] for token, score in model["vocab"]]
+        lowest = min(score for _, score in pieces)
+        model["vocab"] = [[special, lowest] for special in specials] + pieces
         model["unk_id"] = None if model.get("unk_id") is None else model["unk_id"] + shift
     if model.get("type", "BPE") != "BPE":  # other kinds would read a special that is written in a text as the special
         apart = [

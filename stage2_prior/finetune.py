@@ -157,11 +157,11 @@ def split_qkv(prior: nn.Module, layers: list[str]) -> None:
         setattr(prior.get_submodule(owner), name, SplitQKV(projection))
 
 
-def save_lora(prior: nn.Module, folder: Path, base: str, base_name: str | Path) -> None:
+def save_lora(prior: Any, folder: Path, base: str, base_name: str | Path) -> None:
     """Writes the adapters of a prior as peft's two files, whole or not at all, with the base's fingerprint and name."""
     from peft import get_peft_model_state_dict
 
-    content: dict[str, Any] = prior.peft_config["default"].to_dict()
+    content: dict[str, Any] = prior.peft_config["default"].to_dict()  # peft puts it there
     content |= {"base_model_name_or_path": Path(base_name).name, "revision": base, "inference_mode": True}
     content["target_modules"] = sorted(content["target_modules"])
     state = {f"{PREFIX}{name}": weight.contiguous() for name, weight in get_peft_model_state_dict(prior).items()}

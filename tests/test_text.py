@@ -2,6 +2,7 @@ import json
 import unicodedata
 from collections import Counter
 from random import Random
+from typing import Any
 
 import open_clip
 import pytest
@@ -125,26 +126,26 @@ def test_clip_is_saved_like_any_other(tmp_path):
 
 def foreign(kind: str) -> Tokenizer:
     """As transformers would save it: other ids, start and end added, lengths cut at four tokens."""
-    if kind == "BPE":
-        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    elif kind == "WordPiece":
-        tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
-        options = {}
-    elif kind == "WordLevel":
-        tokenizer, trainer = Tokenizer(models.WordLevel(unk_token="[UNK]")), trainers.WordLevelTrainer
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        options = {}
-    else:
-        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        options = {"unk_token": "[UNK]"}
     specials = ["[UNK]", "<end>", "[BOS]"]
-    tokenizer.train_from_iterator(
-        CAPTIONS * 20, trainer(vocab_size=320, special_tokens=specials, show_progress=False, **options)
-    )
+    common: dict[str, Any] = {"vocab_size": 320, "special_tokens": specials, "show_progress": False}
+    tokenizer, trainer = {
+        "BPE": lambda: (
+            Tokenizer(models.BPE()),
+            trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common),
+        ),
+        "WordPiece": lambda: (Tokenizer(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer(**common)),
+        "WordLevel": lambda: (Tokenizer(models.WordLevel(unk_token="[UNK]")), trainers.WordLevelTrainer(**common)),
+        "Unigram": lambda: (Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="[UNK]", **common)),
+    }[kind]()
+    tokenizer.pre_tokenizer = {
+        "BPE": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "WordPiece": pre_tokenizers.BertPreTokenizer(),
+        "WordLevel": pre_tokenizers.WhitespaceSplit(),
+        "Unigram": pre_tokenizers.Metaspace(),
+    }[kind]
+    if kind == "WordPiece":
+        tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.train_from_iterator(CAPTIONS * 20, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         "[BOS] $A <end>", special_tokens=[("[BOS]", 2), ("<end>", 1)]
     )

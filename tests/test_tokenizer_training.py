@@ -16,7 +16,7 @@ from common.training import Run
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import TokenizerRecipe, train
-from stage2_prior.train import PriorRecipe, _image_tokenizer
+from stage2_prior.train import find_image_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,5 @@ def test_codes_of_a_continuous_tokenizer_are_refused(world, tmp_path):
     with pytest.raises(InputError, match="is continuous and has no codes"):
         stage2_prior.encode.encode(tmp_path / "encode.yaml")
     assert not (tmp_path / "codes").exists()
-    prior = PriorRecipe.model_construct(image_tokenizer=model)
     with pytest.raises(InputError, match="is continuous and has no codes"):
-        _image_tokenizer(prior, None)
+        find_image_tokenizer(model, None, None)
