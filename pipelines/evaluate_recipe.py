@@ -68,11 +68,10 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
 
 def drawing_with(pipeline: TextToImagePipeline, num_candidates: int, sampling: Sampling) -> Draw:
     """The pipeline as `evaluate_pipeline` wants it: prompts -> images (P, N, 3, H, W) uint8 and scores (P, N)."""
-    settings = {**sampling.model_dump(), "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
 
     def draw(prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
         drawn = pipeline(
-            prompts, num_images_per_prompt=num_candidates, num_candidates=num_candidates, seed=seed, **settings
+            prompts, num_images_per_prompt=num_candidates, num_candidates=num_candidates, seed=seed, sampling=sampling
         )
         pixels = np.stack([np.asarray(image) for image in drawn.images])  # (P·N, H, W, 3)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).unflatten(0, (len(prompts), num_candidates))

@@ -112,6 +112,7 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
             codebook_size=codes.meta.codebook_size,
             code_shape=codes.meta.code_shape,
             text_vocab_size=text_tokenizer.vocab_size,
+            condition_dropout=recipe.condition_dropout,
             image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
             text_tokenizer_fingerprint=text_tokenizer.fingerprint,
             **recipe.model.model_dump(),
@@ -123,6 +124,8 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
             f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
             f"{recipe.codes} holds codes of {codes.meta.tokenizer_fingerprint}; encode with the prior's own tokenizer"
         )
+    if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a prompt
+        prior.config = prior.config.model_copy(update={"condition_dropout": recipe.condition_dropout})
     return prior.train()
 
 
