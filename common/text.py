@@ -80,17 +80,6 @@ class TextTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def cut(self, text: str, room: int) -> tuple[str, str]:
-        """`text` in two: its first `room` tokens, or a little less, and what is left over ("" when all of it fits)."""
-        self._tokenizer.encode_special_tokens = True
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if len(encoding.ids) <= room:
-            return text, ""
-        end = encoding.offsets[room][0]  # a character of several tokens goes with the rest
-        while end > 0 and len(self.encode(text[:end])) > room:  # a word that was cut may fall into more tokens
-            end -= 1
-        return text[:end], text[end:]
-
     def decode(self, ids: list[int]) -> str:
         """The text behind `ids` (NFC, with the leading space that word-initial tokens carry removed)."""
         text: str = self._tokenizer.decode([i for i in ids if i > END])

@@ -25,7 +25,7 @@ class EvaluationRecipe(Config):
     output: Path
     num_candidates: int = Field(16, ge=1)  # drawn and ranked for each prompt
     seed: int = Field(0, ge=0)  # of the first candidate of every prompt
-    sampling: dict[str, float | None] = {}  # changes to the bundle's settings
+    sampling: dict[str, Any] = {}  # changes to the bundle's settings
     batch_size: int = Field(4, ge=1)  # prompts drawn together
     limit: int | None = Field(None, ge=1)  # prompts of each split, evenly spaced; all of them when None
     device: str | None = None

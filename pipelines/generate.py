@@ -105,8 +105,8 @@ def generate(
     `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale and
     guidance_schedule, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a picture of
     which the upper `top_rows` of codes (half) stay. All prompts use the same seeds. `sheet` adds a contact sheet of all
-    finished candidates with their scores. Everything is checked before the first picture is drawn, and a file is written
-    whole or not at all. Raises InputError.
+    finished candidates with their scores. Everything is checked before the first picture is drawn, and a file is
+    written whole or not at all. Raises InputError.
     """
     start = time.perf_counter()
     prompts = check_prompts(prompts)

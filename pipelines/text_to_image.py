@@ -267,7 +267,7 @@ class TextToImagePipeline:
         return plan_pruning(num_candidates, self.prior.length, candidate_budget, given).survivors
 
     def settings(self, sampling: Sampling | None = None, **changes: Any) -> Sampling:
-        """`sampling`, by default the bundle's, with those `changes` that are not None. Raises InputError out of range."""
+        """`sampling` (the bundle's) with those `changes` that are not None. Raises InputError out of range."""
         given = {name: value for name, value in changes.items() if value is not None}
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -276,7 +276,7 @@ class TextToImagePipeline:
         return validate(Sampling, {**(sampling or self.sampling).model_dump(), **given}, where="sampling")
 
     def prefixes(self, prompts: Sequence[str]) -> Tensor:
-        """What the prior reads, (prompts, P). A prompt that is too long is cut, and a warning shows what was left out."""
+        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out."""
         several = len(prompts) > 1
         return torch.cat(
             [self._prefix(text, f"prompt {i}" if several else "the prompt") for i, text in enumerate(prompts, 1)]
@@ -388,19 +388,22 @@ class TextToImagePipeline:
 
     def _prefix(self, prompt: str, name: str) -> Tensor:
         """One prompt's prefix (1, P)."""
-        if self.prior.text_tokenizer is not None:
-            room = self.prior.prefix_length - 1  # of it one position is <start>
-            kept, cut = self.prior.text_tokenizer.cut(prompt, room)
-            if cut:
-                shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
-                warnings.warn(
-                    f"{name} is longer than the {room} tokens that the prior reads; its end is left out: "
-                    f"'{' '.join(shown.split())}'",
-                    InputWarning,
-                    stacklevel=2,
-                )
-            prompt = kept
-        return self.prior.prefix([prompt])
+        try:
+            return self.prior.prefix([prompt])
+        except InputError:
+            self.prior.prefix([""])  # fails as well when it was not the length
+        fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
+        while end - fits > 1:
+            middle = (fits + end) // 2
+            try:
+                self.prior.prefix([prompt[:middle]])
+                fits = middle
+            except InputError:
+                end = middle
+        cut = " ".join(prompt[fits:].split())
+        shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
+        warnings.warn(f"{name} is longer than the prior reads; left out is '{shown}'", InputWarning, stacklevel=2)
+        return self.prior.prefix([prompt[:fits]])
 
     def _null(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
         """The prefix (1, P) that takes the place of the null one, None for no change."""

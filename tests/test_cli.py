@@ -257,7 +257,6 @@ def test_results_are_on_stdout_and_the_rate_on_stderr(draw: list[object], capsys
     [
         ("", "the prompt is empty"),
         (" \n\t", "the prompt is empty"),
-        ("x" * 10_000, "tokens, the prior reads at most"),
         ("a heart " * 5_000, "characters, at most"),
         ("🐶🐱", "has no letter or digit"),
         ("\udcff\udcfe\udc00", "looks like binary data"),
@@ -288,6 +287,14 @@ def test_a_prompt_that_says_nothing_is_refused(
         (["--top-k", "-3"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
         (["--guidance-scale", "inf"], "guidance_scale"),
+        (["--guidance-schedule", "square"], "'square' is not one of 'constant', 'linear', 'cosine'"),
+        (["--min-p", "2"], "min_p"),
+        (["--candidate-budget", "0"], "candidate_budget must be above 0"),
+        (
+            ["--negative-prompt", "a cat", "--guidance-scale", "1"],
+            "a negative prompt is what guidance steers away from",
+        ),
+        (["--top-of", "gone.png"], "gone.png does not exist"),
         (["--device", "toaster"], "the device 'toaster' is not there"),
     ],
 )

@@ -63,7 +63,14 @@ def test_what_is_written(
             assert opened.mode == "RGB" and opened.tobytes() == image.tobytes()
         origin = read_origin(picture.path)
         assert origin["prompt"] == PROMPT and origin["seed"] == picture.seed and origin["score"] == picture.score
-        assert origin["sampling"] == {"temperature": 0.9, "top_k": 20, "top_p": None, "guidance_scale": 2.0}
+        assert origin["sampling"] == {
+            "temperature": 0.9,
+            "top_k": 20,
+            "top_p": None,
+            "min_p": None,
+            "guidance_scale": 2.0,
+            "guidance_schedule": "constant",
+        }
         assert origin["bundle"] == bundle_fingerprint(tiny_bundle) and origin["version"]
         assert str(tmp_path) not in json.dumps(origin) and origin["model"] == "tiny"
         score = tiny_clip.score(PROMPT, to_tensor(image)[None]).item()
@@ -257,8 +264,10 @@ def test_no_prompt_file(tmp_path: Path) -> None:
         ({"prompts": ""}, "the prompt is empty"),
         ({"prompts": "🎉"}, "no letter or digit"),
         ({"prompts": "a\0"}, "binary"),
-        ({"prompts": "heart " * 1667}, "shorten it"),
-        ({"prompts": ["a dog", "heart " * 1667]}, "prompt 2 of 2"),
+        ({"prompts": "heart " * 6000}, "shorten it"),
+        ({"prompts": ["a dog", "heart " * 6000]}, "prompt 2 of 2"),
+        ({"top_of": "none.png"}, "none.png does not exist"),
+        ({"candidate_budget": 0.01}, "too little"),
         ({"num_images": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
         ({"num_candidates": -1}, "num_candidates must be"),
         ({"num_candidates": 10**10}, "GB of memory"),

@@ -123,7 +123,7 @@ def likelihood_gain(drawing: Drawing) -> Tensor:
 
 
 def most_promising(promises: Tensor, count: int) -> Tensor:
-    """(R, n) -> the indices of the `count` highest of each row (R, count), in ascending order; the first among equals."""
+    """(R, n) -> indices of the `count` highest of each row (R, count), ascending; the first among equals."""
     return promises.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
 
 
