@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from common.errors import InputError
-from common.images import read_origin, to_tensor
+from common.images import read_origin, save_png, to_tensor
 from pipelines import generate as generating
 from pipelines.bundle import assemble_bundle, bundle_fingerprint
 from pipelines.generate import Report, generate, public_name, read_prompts, replay, slug
@@ -175,6 +175,44 @@ def test_replay_draws_the_picture_again(tiny_bundle: Path, tiny_parts: Path, tmp
         sampling=Sampling(temperature=0.1, top_k=1, top_p=0.5),
     )
     assert replay(picture.path, tmp_path / "third", model=other, device="cpu").identical
+
+
+def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.png"
+    Image.effect_noise((30, 40), 90).convert("RGB").save(top)
+    report = draw(
+        tmp_path / "out",
+        tiny_bundle,
+        num_candidates=8,
+        min_p=0.05,
+        guidance_scale=3.0,
+        guidance_schedule="linear",
+        negative_prompt="a dog",
+        top_of=top,
+        candidate_budget=0.6,
+        log_probs=True,
+    )
+    assert (report.candidates, report.finished) == (8, 3)
+    for picture in report.prompts[0].images:
+        origin = read_origin(picture.path)
+        assert origin["sampling"]["min_p"] == 0.05 and origin["sampling"]["guidance_schedule"] == "linear"
+        assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 8
+        assert origin["log_prob"] == picture.log_prob and picture.log_prob < 0 and picture.drawn_log_prob < 0
+        assert replay(picture.path, tmp_path / "again", model=tiny_bundle, device="cpu").identical
+    assert len(read_origin(str(report.prompts[0].sheet))["seeds"]) == 3
+
+
+def test_pictures_of_earlier_versions_replay(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Origins as they were before min-p, schedules, negative prompts and given codes."""
+    picture = draw(tmp_path / "out", tiny_bundle).prompts[0].images[0].path
+    origin = read_origin(picture)
+    origin["sampling"] = {
+        name: origin["sampling"][name] for name in ("temperature", "top_k", "top_p", "guidance_scale")
+    }
+    known = {"prompt", "seed", "sampling", "bundle", "model", "version", "score"}
+    with Image.open(picture) as opened:
+        save_png(opened.copy(), tmp_path / "old.png", {name: origin[name] for name in known})
+    assert replay(tmp_path / "old.png", tmp_path / "again", model=tiny_bundle, device="cpu").identical
 
 
 def test_replay_says_when_the_pixels_differ(tiny_bundle: Path, tmp_path: Path) -> None:
