@@ -1,8 +1,15 @@
-"""What a user did wrong, in one sentence: the command line prints it and exits with 2, Python sees a ValueError."""
+"""What a user did wrong, in one sentence: the command line prints it and exits with 2, Python sees a ValueError.
+
+Input that can be followed, but not to the letter, is a warning of one sentence; the command line prints it and goes on.
+"""
 
 
 class InputError(ValueError):
     """Wrong input. The message is one sentence that says what was wrong, where, and what to do about it."""
+
+
+class InputWarning(UserWarning):
+    """Input that was not followed to the letter. The message is one sentence that says what was done instead."""
 
 
 def nearest(name: str, known: list[str]) -> str:

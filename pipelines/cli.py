@@ -9,15 +9,17 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from common.errors import InputError
+from common.errors import InputError, InputWarning
 
 EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
@@ -52,7 +54,9 @@ Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; whatever goes wrong is one line on standard error."""
     try:
-        code = app(None if arguments is None else list(arguments), prog_name="tessera", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            code = app(None if arguments is None else list(arguments), prog_name="tessera", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -67,6 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain("failed", need, 1)
         hint = "" if _show_traceback() else " (TESSERA_DEBUG=1 shows the traceback)"
         return _complain("failed", f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _show_warning(usual: Any, message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Our own warnings as one line; those of others as usual."""
+    if issubclass(category, InputWarning):
+        _complain("warning", str(message), 0)
+    else:
+        usual(message, category, *place)
 
 
 def _complain(kind: str, message: str, code: int) -> int:
@@ -100,6 +112,17 @@ def _top(
         print(context.get_help())
 
 
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class PruneBy(StrEnum):
+    likelihood = "likelihood"
+    reranker = "reranker"
+
+
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
@@ -123,9 +146,25 @@ def generate(
         int | None, typer.Option(help="Only the k likeliest codes; 0 for all.  [default: bundle's]")
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest share p.  [default: bundle's]")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only codes of p times the likeliest's probability.  [default: bundle's]")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Faith to the prompt; 1 is none.  [default: bundle's]")
     ] = None,
+    guidance_schedule: Annotated[
+        Schedule | None,
+        typer.Option(help="From 1 at the first code up to the scale, or always it.  [default: bundle's]"),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance steers away from.")] = None,
+    top_of: Annotated[Path | None, typer.Option(help="A picture whose top is kept and continued.")] = None,
+    top_rows: Annotated[int | None, typer.Option(help="Rows of its codes to keep.  [default: half]")] = None,
+    candidate_budget: Annotated[
+        float | None,
+        typer.Option(help="Share of all candidates' codes to draw; the least promising are dropped.  [default: 1]"),
+    ] = None,
+    prune_by: Annotated[PruneBy, typer.Option(help="What says which they are.")] = PruneBy.likelihood,
+    log_probs: Annotated[bool, typer.Option("--log-probs", help="Also the log-probability of each picture.")] = False,
     rerank: Annotated[
         bool, typer.Option("--rerank/--no-rerank", help="Order the pictures by how well they fit.")
     ] = True,
@@ -159,7 +198,15 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule and guidance_schedule.value,
+        negative_prompt=negative_prompt,
+        top_of=top_of,
+        top_rows=top_rows,
+        candidate_budget=candidate_budget,
+        prune_by=prune_by.value,
+        log_probs=log_probs,
     )
     _show_generated(report, as_json)
 
@@ -388,14 +435,23 @@ def bundle(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    guidance_schedule: Annotated[Schedule | None, typer.Option(help="Likewise.")] = None,
 ) -> None:
     """Put trained parts together into one folder that draws, and check that they belong together."""
     from common.config import validate
     from pipelines.bundle import assemble_bundle
     from stage2_prior import Sampling
 
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule and guidance_schedule.value,
+    }
     assemble_bundle(
         out,
         image_tokenizer=image_tokenizer,
@@ -432,14 +488,18 @@ def _show_generated(report: Any, as_json: bool) -> None:
         return
     for one in report.prompts:
         print(one.prompt)
-        scores = ["-" if picture.score is None else f"{picture.score:.3f}" for picture in one.images]
-        rows = zip(one.images, scores, strict=True)
-        _print_table([{"score": score, "seed": picture.seed, "picture": picture.path} for picture, score in rows])
+        rows: list[dict[str, object]] = []
+        for picture in one.images:
+            scored = {"score": "-" if picture.score is None else f"{picture.score:.3f}"}
+            likely = {} if picture.log_prob is None else {"log p": f"{picture.log_prob:.2f}"}
+            rows.append({**scored, **likely, "seed": picture.seed, "picture": picture.path})
+        _print_table(rows)
         if one.sheet is not None:
             print(f"all candidates: {one.sheet}")
         print()
     rate = f"{report.images_per_second:.2f} images per second"
-    _say(f"{report.candidates} images in {report.seconds:.1f} s with loading and writing, {rate} once loaded")
+    pruned = "" if report.finished == report.candidates else f" of {report.candidates} candidates"
+    _say(f"{report.finished} images{pruned} in {report.seconds:.1f} s with loading and writing, {rate} once loaded")
 
 
 def _show_replayed(replayed: Any, as_json: bool) -> None:

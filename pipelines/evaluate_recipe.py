@@ -25,7 +25,7 @@ class EvaluationRecipe(Config):
     output: Path
     num_candidates: int = Field(16, ge=1)  # drawn and ranked for each prompt
     seed: int = Field(0, ge=0)  # of the first candidate of every prompt
-    sampling: dict[str, float | None] = {}  # changes to the bundle's settings
+    sampling: dict[str, Any] = {}  # changes to the bundle's settings
     batch_size: int = Field(4, ge=1)  # prompts drawn together
     limit: int | None = Field(None, ge=1)  # prompts of each split, evenly spaced; all of them when None
     device: str | None = None
@@ -68,11 +68,10 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
 
 def drawing_with(pipeline: TextToImagePipeline, num_candidates: int, sampling: Sampling) -> Draw:
     """The pipeline as `evaluate_pipeline` wants it: prompts -> images (P, N, 3, H, W) uint8 and scores (P, N)."""
-    settings = {**sampling.model_dump(), "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0}
 
     def draw(prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
         drawn = pipeline(
-            prompts, num_images_per_prompt=num_candidates, num_candidates=num_candidates, seed=seed, **settings
+            prompts, num_images_per_prompt=num_candidates, num_candidates=num_candidates, seed=seed, sampling=sampling
         )
         pixels = np.stack([np.asarray(image) for image in drawn.images])  # (P·N, H, W, 3)
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).unflatten(0, (len(prompts), num_candidates))

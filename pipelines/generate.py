@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageChops
+from PIL import ImageChops
+from torch import Tensor
 from tqdm import tqdm
 
 from common.config import Config, validate
 from common.errors import InputError
 from common.images import contact_sheet, open_image, read_origin, save_png
 from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
-from pipelines.text_to_image import TextToImagePipeline, check_keep, check_prompts, check_seeds
+from pipelines.text_to_image import Generated, TextToImagePipeline, check_keep, check_prompts
 from stage2_prior import Sampling
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt
 SHEET_COLUMNS = 8
-TOGETHER = 64  # candidates drawn before their pictures are written
 
 
 class OriginLora(Config):
@@ -50,7 +50,10 @@ class Origin(Config):
     model: str  # name of the bundle: shipped, on the hub, or of the folder it was in
     version: str
     loras: tuple[OriginLora, ...] | None = None
+    negative_prompt: str | None = None
+    first_codes: tuple[int, ...] | None = None  # that were given, not drawn
     score: float | None = None  # of this picture, None where nothing was reranked
+    log_prob: float | None = None  # of this picture's codes given the prompt, None where it was not asked for
     seeds: tuple[int, ...] | None = None  # of a contact sheet: all its candidates, in its order
 
 
@@ -59,6 +62,8 @@ class Picture:
     path: str
     seed: int
     score: float | None
+    log_prob: float | None  # sum over the codes, see `pipelines.text_to_image.Generated`; None unless asked for
+    drawn_log_prob: float | None
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,9 @@ class Drawn:
 class Report:
     prompts: list[Drawn]
     candidates: int
+    finished: int  # of the candidates; fewer with a candidate_budget
     seconds: float  # in all, with loading and writing
-    images_per_second: float  # candidates drawn, decoded, scored and written, without loading
+    images_per_second: float  # finished ones drawn, decoded, scored and written, without loading
 
 
 @dataclass(frozen=True)
@@ -96,63 +102,60 @@ def generate(
     rerank: bool = True,
     sheet: bool = True,
     device: str | torch.device | None = None,
+    top_of: str | Path | None = None,
+    top_rows: int | None = None,
+    log_probs: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
-    **sampling: Any,
+    **drawing: Any,
 ) -> Report:
     """Draws `num_candidates` for each prompt and writes the best `num_images` (4) into the folder `output`.
 
-    `sampling` are temperature, top_k, top_p and guidance_scale, by default the bundle's; all prompts use the same
-    seeds. `loras` are folders with their weights. `sheet` adds a contact sheet of all candidates with their scores.
-    Everything is checked before the first picture is drawn, and a file is written whole or not at all.
-
-    Raises InputError.
+    `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale and
+    guidance_schedule, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a picture of
+    which the upper `top_rows` of codes (half) stay. `loras` are folders with their weights. All prompts use the same
+    seeds. `sheet` adds a contact sheet of all finished candidates with their scores. Everything is checked before the
+    first picture is drawn, and a file is written whole or not at all. Raises InputError.
     """
     start = time.perf_counter()
     prompts = check_prompts(prompts)
-    seeds = check_seeds(num_candidates, seed, None)
-    keep = check_keep(num_images, len(seeds))
+    opened = None if top_of is None else open_image(top_of)
     pipeline = TextToImagePipeline.from_pretrained(model, device=device, rerank=rerank)
     for lora, weight in loras:
         pipeline.load_lora_weights(lora, weight)
-    settings = pipeline.settings(**sampling)
-    pipeline.prefixes(prompts)  # the length of all prompts, before the first of them is drawn
-
-    drawn: list[Drawn] = []
-    with _output_folder(Path(output)) as folder, _bar(len(prompts) * len(seeds)) as bar:
-        drawing = time.perf_counter()
-        several = max(1, TOGETHER // len(seeds))
-        for first in range(0, len(prompts), several):
-            group, before = prompts[first : first + several], first * len(seeds)
-
-            def report(done: int, _: int, before: int = before) -> None:
-                bar.update(before + done // pipeline.prior.length - bar.n)
-
-            generated = pipeline(
-                group,
-                num_images_per_prompt=len(seeds),
-                num_candidates=len(seeds),
-                seed=seed,
-                progress=report,
-                **sampling,
-            )
-            for i, prompt in enumerate(group):
-                ranked = slice(i * len(seeds), (i + 1) * len(seeds))
-                scores = generated.scores[ranked] if generated.scores is not None else None
-                origin = Origin(
-                    prompt=prompt,
-                    seed=seed,
-                    sampling=settings,
-                    bundle=pipeline.fingerprint or "",
-                    model=public_name(model),
-                    version=tessera_version(),
-                    loras=_origins(pipeline),
-                )
-                drawn.append(
-                    _write(folder, origin, generated.images[ranked], generated.seeds[ranked], scores, keep, sheet)
-                )
+    first_codes = None if opened is None else pipeline.codes_of_top(opened, top_rows)
+    origin = Origin(
+        prompt="",
+        seed=seed,
+        sampling=pipeline.settings(**{name: drawing.get(name) for name in Sampling.model_fields}),
+        bundle=pipeline.fingerprint or "",
+        model=public_name(model),
+        version=tessera_version(),
+        loras=_origins(pipeline),
+        negative_prompt=drawing.get("negative_prompt") or None,
+        first_codes=None if first_codes is None else tuple(first_codes.tolist()),
+    )
+    with _bar(len(prompts) * num_candidates) as bar:
+        generated = pipeline.stream(
+            prompts,
+            num_candidates=num_candidates,
+            seed=seed,
+            first_codes=first_codes,
+            log_probs=log_probs,
+            progress=lambda done, total: bar.update(done * bar.total // total - bar.n),
+            **drawing,
+        )
+        given = 0 if first_codes is None else len(first_codes)
+        finished = pipeline.count_finished(num_candidates, drawing.get("candidate_budget"), given)
+        keep = check_keep(num_images, num_candidates, finished)
+        with _output_folder(Path(output)) as folder:
+            begun = time.perf_counter()
+            drawn = [
+                _write(folder, origin.model_copy(update={"prompt": prompt}), candidates, keep, sheet)
+                for prompt, candidates in zip(prompts, generated, strict=True)
+            ]
     end = time.perf_counter()
-    count = len(prompts) * len(seeds)
-    return Report(drawn, count, end - start, count / (end - drawing))
+    count = len(prompts) * finished
+    return Report(drawn, len(prompts) * num_candidates, count, end - start, count / (end - begun))
 
 
 def replay(
@@ -192,11 +195,15 @@ def replay(
     if (_origins(pipeline) or ()) != (origin.loras or ()):
         wanted = " ".join(f"--lora FOLDER:{one.weight:g} ({one.name}, {one.fingerprint})" for one in origin.loras or ())
         raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
-    sampling = origin.sampling.model_dump()
-    # None would mean the bundle's own setting, which may have changed since.
-    sampling |= {"top_k": sampling["top_k"] or 0, "top_p": sampling["top_p"] or 1.0}
     with _output_folder(Path(output)) as folder:
-        image = pipeline(origin.prompt, num_candidates=1, seed=origin.seed, **sampling).images[0]
+        image = pipeline(
+            origin.prompt,
+            num_candidates=1,
+            seed=origin.seed,
+            sampling=origin.sampling,  # not the bundle's own, which may have changed since
+            negative_prompt=origin.negative_prompt,
+            first_codes=origin.first_codes,
+        ).images[0]
         path = _free_path(folder, f"{slug(origin.prompt)}-seed{origin.seed}", origin)
         save_png(image, path, _content(origin))
     same = before.size == image.size and ImageChops.difference(before, image).getbbox() is None
@@ -259,32 +266,37 @@ def public_name(model: str | Path) -> str:
     return Path(model).resolve().name
 
 
-def _write(
-    folder: Path,
-    origin: Origin,
-    images: list[Image.Image],
-    seeds: list[int],
-    scores: list[float] | None,
-    keep: int,
-    sheet: bool,
-) -> Drawn:
+def _write(folder: Path, origin: Origin, candidates: Generated, keep: int, sheet: bool) -> Drawn:
     """Writes the best `keep` of a prompt's ranked candidates, and the contact sheet of all."""
-    every: list[float | None] = [None] * len(seeds) if scores is None else [round(score, 6) for score in scores]
+    count = len(candidates.seeds)
+    scores, log_probs, drawn_log_probs = (
+        [None] * count if values is None else [round(float(value), 6) for value in values]
+        for values in (candidates.scores, _sums(candidates.log_probs), _sums(candidates.drawn_log_probs))
+    )
     pictures = []
     for rank in range(keep):
-        own = origin.model_copy(update={"seed": seeds[rank], "score": every[rank]})
+        changes = {"seed": candidates.seeds[rank], "score": scores[rank], "log_prob": log_probs[rank]}
+        own = origin.model_copy(update=changes)
         path = _free_path(folder, f"{slug(origin.prompt)}-{rank + 1:0{len(str(keep))}d}-seed{own.seed}", own)
-        save_png(images[rank], path, _content(own))
-        pictures.append(Picture(str(path), seeds[rank], every[rank]))
+        save_png(candidates.images[rank], path, _content(own))
+        pictures.append(Picture(str(path), own.seed, own.score, own.log_prob, drawn_log_probs[rank]))
     if not sheet:
         return Drawn(origin.prompt, pictures, None)
 
-    own = origin.model_copy(update={"seeds": tuple(seeds)})
-    labels = [f"{seed}" if score is None else f"{score:.3f} #{seed}" for seed, score in zip(seeds, every, strict=True)]
-    scale = max(1, 128 // images[0].width)  # so that the labels fit below
+    own = origin.model_copy(update={"seeds": tuple(candidates.seeds)})
+    labels = [
+        f"{seed}" if score is None else f"{score:.3f} #{seed}"
+        for seed, score in zip(candidates.seeds, scores, strict=True)
+    ]
+    scale = max(1, 128 // candidates.images[0].width)  # so that the labels fit below
     path = _free_path(folder, f"{slug(origin.prompt)}-candidates", own)
-    save_png(contact_sheet(images, labels, min(SHEET_COLUMNS, len(images)), scale), path, _content(own))
+    save_png(contact_sheet(candidates.images, labels, min(SHEET_COLUMNS, count), scale), path, _content(own))
     return Drawn(origin.prompt, pictures, str(path))
+
+
+def _sums(log_probs: Tensor | None) -> list[float] | None:
+    """(n, T) -> the sum of each row."""
+    return None if log_probs is None else log_probs.double().sum(-1).tolist()
 
 
 def _free_path(folder: Path, stem: str, origin: Origin) -> Path:
@@ -309,7 +321,7 @@ def _is_the_same(path: Path, origin: Origin) -> bool:
     except InputError:
         return False
     # The same drawing may be scored by another reranker, and be told from by another version.
-    unlike = {"score": None, "version": "", "model": ""}
+    unlike = {"score": None, "log_prob": None, "version": "", "model": ""}
     return other.model_copy(update=unlike) == origin.model_copy(update=unlike)
 
 

@@ -6,26 +6,34 @@ Letters: N candidates, Q codebooks, h w code grid, T = Q·h·w codes an image, H
 import math
 import os
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from common.config import validate
-from common.errors import InputError
-from common.images import to_pil
+from common.errors import InputError, InputWarning
+from common.images import fit, to_pil, to_tensor
 from pipelines.bundle import load_bundle, save_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import GPTPrior, Sampling, sample, unflatten_codes
+from stage2_prior import GPTPrior, Sampling, flatten_codes, unflatten_codes
 from stage2_prior.lora import Loras
+from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
+from stage2_prior.sampling.sample import Drawing, check_first_codes
 
 MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
 LARGEST_SEED = 2**53 - 1  # JSON and JavaScript read numbers up to here exactly
+SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
+
+CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]  # codes drawn so far, codes to draw in all
 
@@ -40,15 +48,47 @@ class Candidate(NamedTuple):
     score: float | None  # None when nothing was reranked
     seed: int
     codes: Tensor  # (Q, h, w) int64
+    log_probs: Tensor  # (T,) float32, see `Generated`; zeros unless they were asked for
+    drawn_log_probs: Tensor  # (T,) float32
 
 
 class Generated(NamedTuple):
-    """Prompt after prompt, best first; without a reranker in the order of the seeds."""
+    """Prompt after prompt, best first; without a reranker in the order of the seeds.
+
+    Log-probabilities are of the codes in the order in which they are drawn (row by row, the codebooks of a position
+    together), None unless they were asked for; their sum over T is the image's.
+    """
 
     images: list[Image.Image]
     scores: list[float] | None  # None when nothing was reranked
     seeds: list[int]  # pipeline(prompt, seed=s, num_candidates=1) draws that image again
     codes: Tensor  # (number of images, Q, h, w) int64
+    log_probs: Tensor | None = None  # (number of images, T): the prior's own given the prompt, no guidance, no filters
+    drawn_log_probs: Tensor | None = None  # (number of images, T): under what was drawn from; 0 for codes given
+
+
+class Job(NamedTuple):
+    """What all candidates of a call have in common."""
+
+    seeds: Sequence[int]  # of each prompt
+    sampling: Sampling
+    reranker: Reranker | None  # that orders
+    rows: int  # candidates drawn at once
+    null: Tensor | None  # (1, P), the negative prompt's prefix
+    first_codes: Tensor  # (n,)
+    plan: Plan | None  # of early pruning
+    judge: Reranker | None  # that early pruning goes by; None for the prior itself
+    scored: bool  # log-probabilities are wanted
+
+
+class Drawn(NamedTuple):
+    """Some or all finished candidates of one prompt, before they are pictures."""
+
+    prompt: str
+    seeds: Sequence[int]
+    codes: Tensor  # (n, T) int64
+    log_probs: Tensor  # (n, T)
+    drawn_log_probs: Tensor  # (n, T)
 
 
 class TextToImagePipeline:
@@ -120,119 +160,347 @@ class TextToImagePipeline:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        negative_prompt: str | None = None,
+        first_codes: Tensor | Sequence[int] | None = None,
+        sampling: Sampling | None = None,
         rerank: bool = True,
+        candidate_budget: float | None = None,
+        prune_by: Literal["likelihood", "reranker"] = "likelihood",
+        log_probs: bool = False,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Generated:
         """Draws `num_candidates` for each prompt and returns the `num_images_per_prompt` (4) that fit best, best first.
 
-        Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. Sampling
-        arguments that are None are the bundle's; top_k 0 takes all codes, as does top_p 1. `batch_size` candidates are
-        drawn at once, by default as many as fit in memory up to 64. Everything is checked before the first is drawn.
+        Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. What of
+        `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1 and min_p 0.
+        `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
+        first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `candidate_budget` (below 1) is
+        the share of the codes of all candidates that may be drawn: the least promising, by the prior's own likelihood
+        or by the reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`. `log_probs` returns those of the
+        codes. `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is
+        checked before the first is drawn.
 
-        Raises InputError: a prompt that is empty, binary, without words or too long; counts, seeds or sampling out of
-        range; more than fits in memory.
+        Warns (InputWarning) of a prompt that is too long and cut, saying what was left out, and of guidance on a prior
+        that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
+        counts, seeds, codes or sampling out of range; a negative prompt without guidance; more than fits in memory.
+        """
+        streamed = self.stream(
+            prompt,
+            num_candidates=num_candidates,
+            seed=seed,
+            seeds=seeds,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            negative_prompt=negative_prompt,
+            first_codes=first_codes,
+            sampling=sampling,
+            rerank=rerank,
+            candidate_budget=candidate_budget,
+            prune_by=prune_by,
+            log_probs=log_probs,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        candidates = num_candidates if seeds is None else len(seeds)
+        finished = self.count_finished(candidates, candidate_budget, 0 if first_codes is None else len(first_codes))
+        keep = check_keep(num_images_per_prompt, candidates, finished)
+        self._check_memory((count * keep + candidates) * self._picture_bytes(), candidates, count)
+        drawn = list(streamed)
+
+        def best(name: str) -> list[Any]:
+            """The first `keep` of each prompt, one after the other."""
+            return [part for one in drawn for part in getattr(one, name)[:keep]]
+
+        return Generated(
+            best("images"),
+            None if drawn[0].scores is None else best("scores"),
+            best("seeds"),
+            torch.stack(best("codes")),
+            torch.stack(best("log_probs")) if log_probs else None,
+            torch.stack(best("drawn_log_probs")) if log_probs else None,
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_candidates: int = 16,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
+        negative_prompt: str | None = None,
+        first_codes: Tensor | Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        rerank: bool = True,
+        candidate_budget: float | None = None,
+        prune_by: Literal["likelihood", "reranker"] = "likelihood",
+        log_probs: bool = False,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Generated]:
+        """All finished candidates of each prompt, best first, as soon as they are there, while the next are drawn.
+
+        For many prompts; arguments, warnings and errors as of a call, before the first is drawn.
         """
         prompts = check_prompts(prompt)
         seeds = check_seeds(num_candidates, seed, seeds)
-        keep = check_keep(num_images_per_prompt, len(seeds))
-        sampling = self.settings(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
-        rows = self._rows(len(prompts), len(seeds), keep, sampling, batch_size)
-        prefixes = self.prefixes(prompts)
-        reranker = self.reranker if rerank else None
-
-        best: list[Candidate] = []
-        for candidates in self._draw(prompts, prefixes, seeds, sampling, reranker, rows, progress):
-            best += sorted(candidates, key=_best_first)[:keep]
-        scores = [candidate.score for candidate in best if candidate.score is not None]
-        return Generated(
-            [candidate.image for candidate in best],
-            scores if reranker is not None else None,
-            [candidate.seed for candidate in best],
-            torch.stack([candidate.codes for candidate in best]),
+        settings = self.settings(
+            sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
         )
+        given = self._first_codes(first_codes)
+        plan = self._plan(candidate_budget, prune_by, len(seeds), len(given), settings)
+        job = Job(
+            seeds,
+            settings,
+            self.reranker if rerank else None,
+            self._rows(len(prompts), len(seeds), settings, batch_size),
+            self._null(negative_prompt, settings),
+            given,
+            plan,
+            self.reranker if plan is not None and prune_by == "reranker" else None,
+            log_probs,
+        )
+        candidates = self._draw(prompts, self.prefixes(prompts), job, progress)
+        return (_generated(sorted(own, key=_best_first), job) for own in candidates)
 
-    def settings(self, **changes: Any) -> Sampling:
-        """The bundle's sampling settings with those `changes` that are not None. Raises InputError out of range."""
+    def count_finished(self, num_candidates: int, candidate_budget: float | None, given: int = 0) -> int:
+        """How many candidates of a prompt are finished; `given` is the number of first codes."""
+        if candidate_budget is None or candidate_budget == 1:
+            return num_candidates
+        return plan_pruning(num_candidates, self.prior.length, candidate_budget, given).survivors
+
+    def settings(self, sampling: Sampling | None = None, **changes: Any) -> Sampling:
+        """`sampling` (the bundle's) with those `changes` that are not None. Raises InputError out of range."""
         given = {name: value for name, value in changes.items() if value is not None}
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value}")
-        if given.get("top_k") == 0:
-            given["top_k"] = None
-        return validate(Sampling, {**self.sampling.model_dump(), **given}, where="sampling")
+        given |= {name: None for name in ("top_k", "min_p") if given.get(name) == 0}
+        return validate(Sampling, {**(sampling or self.sampling).model_dump(), **given}, where="sampling")
 
     def prefixes(self, prompts: Sequence[str]) -> Tensor:
-        """What the prior reads, (prompts, P). Raises InputError for the first prompt that is too long."""
-        return torch.cat([_named(prompts, i, lambda text: self.prior.prefix([text])) for i in range(len(prompts))])
+        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out."""
+        several = len(prompts) > 1
+        return torch.cat(
+            [self._prefix(text, f"prompt {i}" if several else "the prompt") for i, text in enumerate(prompts, 1)]
+        )
+
+    def codes_of_top(self, image: Image.Image, rows: int | None = None) -> Tensor:
+        """The codes (n,) of the upper `rows` of the code grid (by default half) of a picture, for `first_codes`.
+
+        The picture is scaled and cut to the tokenizer's size. Raises InputError unless 1 <= rows < h.
+        """
+        height = self.image_tokenizer.code_shape[1]
+        rows = height // 2 if rows is None else _count("top_rows", rows)
+        if rows >= height:
+            raise InputError(f"top_rows must be below {height}, the rows of codes in a picture, got {rows}")
+        pixels = to_tensor(fit(image.convert("RGB"), self.image_tokenizer.image_size))
+        codes = self.image_tokenizer.encode(pixels[None].to(self._device))  # (1, Q, h, w)
+        return flatten_codes(codes[:, :, :rows])[0]
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _draw(
-        self,
-        prompts: list[str],
-        prefixes: Tensor,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        reranker: Reranker | None,
-        rows: int,
-        progress: Progress | None,
+        self, prompts: list[str], prefixes: Tensor, job: Job, progress: Progress | None
     ) -> Iterator[list[Candidate]]:
-        """All candidates of each prompt in the order of the seeds, prompt after prompt."""
-        total, done = len(prompts) * len(seeds) * self.prior.length, 0
+        """All finished candidates of each prompt in the order of the seeds, prompt after prompt."""
+        count = len(job.seeds) if job.plan is None else job.plan.survivors
         drawn: list[Candidate] = []  # of the prompt under way
-        for first, last, batch in batches(len(prompts), seeds, rows):
-            count = (last - first) * len(batch)  # N
+        for some in self._decoded(self._sampled(prompts, prefixes, job, progress), job):
+            drawn += some
+            if len(drawn) == count:
+                yield drawn
+                drawn = []
 
-            def report(position: int, before: int = done, count: int = count) -> None:
-                if progress is not None:
-                    progress(before + (position + 1) * count, total)
+    def _decoded(self, batches: Iterator[list[Drawn]], job: Job) -> Iterator[list[Candidate]]:
+        """Each of the drawn as pictures with scores, made by a second thread while the next batch is drawn."""
+        with ThreadPoolExecutor(1) as decoder:
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            before: list[Future[list[Candidate]]] = []  # of the batch that was decoded while this one was drawn
+            for batch in batches:
+                if stream is not None:
+                    stream.wait_stream(torch.cuda.current_stream(self._device))  # what is decoded must have been drawn
+                under_way = [decoder.submit(self._candidates, drawn, job.reranker, stream) for drawn in batch]
+                yield from (future.result() for future in before)
+                before = under_way
+            yield from (future.result() for future in before)
 
-            sequences = sample(
-                self.prior, prefixes[first:last], list(batch) * (last - first), sampling, report
-            )  # (N, T)
-            codes = unflatten_codes(sequences, self.image_tokenizer.code_shape)  # (N, Q, h, w)
-            for text, own in zip(prompts[first:last], codes.split(len(batch)), strict=True):
-                drawn += self._candidates(text, batch, own, reranker)
-                if len(drawn) == len(seeds):
-                    yield drawn
-                    drawn = []
-            done += count * self.prior.length
+    def _sampled(
+        self, prompts: list[str], prefixes: Tensor, job: Job, progress: Progress | None
+    ) -> Iterator[list[Drawn]]:
+        """Batch after batch, what was drawn for each of its prompts."""
+        length, done = self.prior.length, 0
+        candidates, there = len(job.seeds), len(job.first_codes)
+        each = candidates * (length - there)
+        if job.plan is not None:
+            each = codes_drawn(job.plan, candidates, length, there, job.rows)
+        total = len(prompts) * each
+
+        def report(codes: int) -> None:
+            nonlocal done
+            done += codes
+            if progress is not None:
+                progress(done, total)
+
+        given = {"null": job.null, "first_codes": job.first_codes}
+        for first, last, seeds in batches(len(prompts), job.seeds, job.rows, whole=job.plan is not None):
+            texts, prefix, every = prompts[first:last], prefixes[first:last], list(seeds) * (last - first)
+            if job.plan is not None:
+                promise = None if job.judge is None else self._promise(texts, job.judge)
+                chosen, sampled = sample_pruned(
+                    self.prior, prefix, every, job.plan, job.sampling, report, job.rows, promise=promise, **given
+                )
+                own_seeds = [[seeds[i] for i in row] for row in chosen.tolist()]
+            else:
+                drawing = Drawing(self.prior, prefix, every, job.sampling, scored=job.scored, **given)
+                drawing.advance(length, report)
+                sampled, own_seeds = drawing.sampled, [list(seeds)] * len(texts)
+            parts = [part.view(len(texts), -1, length).unbind() for part in sampled]  # each (n, T), prompt by prompt
+            yield [Drawn(*prompt) for prompt in zip(texts, own_seeds, *parts, strict=True)]
 
     def _candidates(
-        self, prompt: str, seeds: Sequence[int], codes: Tensor, reranker: Reranker | None
+        self, drawn: Drawn, reranker: Reranker | None, stream: "torch.cuda.Stream | None"
     ) -> list[Candidate]:
-        """Decodes and scores the codes (N, Q, h, w) of one prompt."""
+        """Decodes and scores what was drawn for a prompt, on a GPU on a stream of its own."""
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            codes = unflatten_codes(drawn.codes, self.image_tokenizer.code_shape)  # (n, Q, h, w)
+            images = self._decode(codes)  # (n, 3, H, W)
+            scores = [None] * len(codes)
+            if reranker is not None:
+                scores = reranker.score(drawn.prompt, images, codes).tolist()
+            parts = to_pil(images), scores, drawn.seeds, codes.cpu(), drawn.log_probs.cpu(), drawn.drawn_log_probs.cpu()
+            return [Candidate(*one) for one in zip(*parts, strict=True)]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """(n, Q, h, w) -> (n, 3, H, W)."""
         # Convolutions of a larger batch add up in another order, which can move a pixel by 1/255: on a CPU, where that
         # costs little, pictures are decoded one by one, so that each is the same in any company.
         together = 1 if codes.device.type == "cpu" else 16
-        images = torch.cat([self.image_tokenizer.decode(some) for some in codes.split(together)])  # (N, 3, H, W)
-        scores = [None] * len(seeds) if reranker is None else reranker.score(prompt, images, codes).tolist()
-        return [Candidate(*parts) for parts in zip(to_pil(images), scores, seeds, codes.cpu(), strict=True)]
+        return torch.cat([self.image_tokenizer.decode(some) for some in codes.split(together)])
 
-    def _rows(self, prompts: int, candidates: int, keep: int, sampling: Sampling, batch_size: int | None) -> int:
-        """How many candidates to draw at once. Raises InputError when the call as a whole does not fit in memory."""
-        device = self.prior.prefix([""]).device
-        row, picture = self._row_bytes(sampling), self._picture_bytes()
-        wanted = min(MOST_ROWS if batch_size is None else _count("batch_size", batch_size), prompts * candidates)
-        results = (prompts * keep + candidates) * picture  # of all prompts so far, and the prompt under way
-        least = row * (1 if batch_size is None else wanted)
-        for need, place in ((results, torch.device("cpu")), (least + (device.type == "cpu") * results, device)):
-            there = free_memory(place)
-            if need > there:
+    def _promise(self, prompts: Sequence[str], reranker: Reranker) -> Promise:
+        """What early pruning compares candidates by: the score of the picture, the missing codes filled in."""
+
+        def promise(number: int, codes: Tensor) -> Tensor:
+            filled = unflatten_codes(fill(codes, self.prior.code_shape), self.image_tokenizer.code_shape)
+            return reranker.score(prompts[number], self._decode(filled), filled)
+
+        return promise
+
+    # Settings of a call ----------------------------------------------------------------------------------------------
+
+    def _prefix(self, prompt: str, name: str) -> Tensor:
+        """One prompt's prefix (1, P)."""
+        try:
+            return self.prior.prefix([prompt])
+        except InputError:
+            self.prior.prefix([""])  # fails as well when it was not the length
+        fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
+        while end - fits > 1:
+            middle = (fits + end) // 2
+            try:
+                self.prior.prefix([prompt[:middle]])
+                fits = middle
+            except InputError:
+                end = middle
+        cut = " ".join(prompt[fits:].split())
+        shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
+        warnings.warn(f"{name} is longer than the prior reads; left out is '{shown}'", InputWarning, stacklevel=2)
+        return self.prior.prefix([prompt[:fits]])
+
+    def _null(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
+        """The prefix (1, P) that takes the place of the null one, None for no change."""
+        if negative_prompt:
+            check_prompt(negative_prompt, "negative prompt")
+            if not sampling.guided:
                 raise InputError(
-                    f"{candidates:,} candidates for {prompts:,} prompts need about {need / 1e9:,.1f} GB of memory, and "
-                    f"{there / 1e9:,.1f} GB are free; ask for fewer"
+                    "a negative prompt is what guidance steers away from, and guidance_scale 1 is none; set another"
                 )
+            return self._prefix(negative_prompt, "the negative prompt")
+        if sampling.guided and self.prior.config.condition_dropout == 0:
+            warnings.warn(
+                "the prior was trained without condition_dropout and never drew without a prompt, so that guidance may "
+                "lead anywhere; set guidance_scale 1, or give a negative prompt",
+                InputWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def _first_codes(self, codes: Tensor | Sequence[int] | None) -> Tensor:
+        """The given codes (n,) int64, none for None. Raises InputError for what are not codes of the prior."""
+        if codes is not None and not isinstance(codes, Tensor):
+            try:
+                codes = torch.tensor(list(codes))
+            except (TypeError, ValueError, RuntimeError):
+                raise InputError("first_codes must be whole numbers") from None
+            codes = codes if len(codes) else codes.long()  # an empty list makes floats
+        return check_first_codes(self.prior, codes)
+
+    def _plan(self, budget: float | None, by: str, candidates: int, given: int, sampling: Sampling) -> Plan | None:
+        """How candidates are pruned, None for not at all."""
+        if by not in ("likelihood", "reranker"):
+            raise InputError(f"prune_by must be 'likelihood' or 'reranker', got '{by}'")
+        if budget is None or budget == 1:
+            return None
+        if not isinstance(budget, float | int) or not 0 < budget < 1:
+            raise InputError(f"candidate_budget must be above 0 and at most 1, got {budget}")
+        if by == "reranker" and self.reranker is None:
+            raise InputError("there is no reranker to prune by; load one, or prune_by the likelihood")
+        if by == "likelihood" and not sampling.guided:
+            raise InputError(NEEDS_GUIDANCE)
+        return plan_pruning(candidates, self.prior.length, budget, given)
+
+    # Memory and devices ----------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.prior.prefix([""]).device
+
+    def _rows(self, prompts: int, candidates: int, sampling: Sampling, batch_size: int | None) -> int:
+        """How many candidates to draw at once. Raises InputError when those of one prompt do not fit in memory."""
+        device, row = self._device, self._row_bytes(sampling)
+        wanted = min(MOST_ROWS if batch_size is None else _count("batch_size", batch_size), prompts * candidates)
+        least = row * (1 if batch_size is None else wanted)
+        pictures = candidates * self._picture_bytes()  # of the prompt under way
+        self._check_memory(pictures, candidates, prompts)
+        self._check_memory(least + (device.type == "cpu") * pictures, candidates, prompts, device)
         return wanted if batch_size is not None else max(1, min(wanted, int(free_memory(device) / 2 // row)))
+
+    def _check_memory(self, need: int, candidates: int, prompts: int, place: torch.device = CPU) -> None:
+        """Raises InputError unless `need` bytes are free."""
+        there = free_memory(place)
+        if need > there:
+            raise InputError(
+                f"{candidates:,} candidates for {prompts:,} prompts need about {need / 1e9:,.1f} GB of memory, and "
+                f"{there / 1e9:,.1f} GB are free; ask for fewer"
+            )
 
     def _row_bytes(self, sampling: Sampling) -> int:
         """Roughly what drawing and decoding one more candidate takes: keys and values, logits, pixels."""
         config = self.prior.config
         positions = self.prior.prefix_length + self.prior.length // self.prior.num_codebooks
         numbers = 2 * config.depth * positions * config.dim + 8 * config.codebook_size
-        guided = 2 if sampling.guidance_scale != 1 else 1
+        guided = 2 if sampling.guided else 1
         return 4 * (guided * numbers + 3 * self.image_tokenizer.image_size**2 * 8)
 
     def _picture_bytes(self) -> int:
@@ -255,22 +523,22 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, name: str = "prompt") -> None:
     """Raises InputError unless the prompt is text with words in it, of a reasonable length."""
     if not isinstance(prompt, str):
-        raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
+        raise InputError(f"a {name} must be text, got {type(prompt).__name__}")
     if not prompt.strip():
-        raise InputError("the prompt is empty; say what the picture should show")
+        raise InputError(f"the {name} is empty; say what the picture should show")
     if len(prompt) > MOST_CHARACTERS:
-        raise InputError(f"the prompt has {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are read; shorten it")
+        raise InputError(f"the {name} has {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are read; shorten it")
     for character in prompt:
         # Control characters, and the surrogates that stand for bytes which are not UTF-8.
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
             raise InputError(
-                f"the prompt looks like binary data, it has the character U+{ord(character):04X}; give text"
+                f"the {name} looks like binary data, it has the character U+{ord(character):04X}; give text"
             )
     if not any(character.isalnum() for character in prompt):
-        raise InputError(f"the prompt '{prompt[:20]}' has no letter or digit; describe the picture in words")
+        raise InputError(f"the {name} '{prompt[:20]}' has no letter or digit; describe the picture in words")
 
 
 def check_seeds(num_candidates: int, seed: int, seeds: Sequence[int] | None) -> Sequence[int]:
@@ -289,11 +557,20 @@ def check_seeds(num_candidates: int, seed: int, seeds: Sequence[int] | None) -> 
     return chosen
 
 
-def check_keep(num_images: int | None, num_candidates: int) -> int:
-    """How many pictures of a prompt are returned. Raises InputError unless 1 <= num_images <= num_candidates."""
-    keep = _count("num_images_per_prompt", min(4, num_candidates) if num_images is None else num_images)
+def check_keep(num_images: int | None, num_candidates: int, finished: int | None = None) -> int:
+    """How many pictures of a prompt are returned; `finished` is what early pruning leaves of the candidates.
+
+    Raises InputError unless 1 <= num_images <= num_candidates, or finished.
+    """
+    there = num_candidates if finished is None else finished
+    keep = _count("num_images_per_prompt", min(4, there) if num_images is None else num_images)
     if keep > num_candidates:
         raise InputError(f"num_images_per_prompt must be at most num_candidates {num_candidates:,}, got {keep:,}")
+    if keep > there:
+        raise InputError(
+            f"the candidate_budget finishes {there:,} of {num_candidates:,} candidates, but num_images_per_prompt is "
+            f"{keep:,}; ask for fewer pictures, more candidates or a larger budget"
+        )
     return keep
 
 
@@ -311,16 +588,32 @@ def _named(prompts: Sequence[str], i: int, check: Callable[[str], Any]) -> Any:
         raise InputError(f"prompt {i + 1} of {len(prompts)}: {error}" if len(prompts) > 1 else str(error)) from None
 
 
+def fill(codes: Tensor, code_shape: tuple[int, int, int]) -> Tensor:
+    """The first codes of images (n, m), m >= 1, as whole ones (n, T): what is missing repeats the row above it.
+
+    The first row, where that is not whole, repeats its last position, and a position its first codebook's code.
+    """
+    codebooks, height, width = code_shape
+    length, row = math.prod(code_shape), width * codebooks
+    filled = torch.cat([codes, codes.new_zeros(len(codes), length - codes.shape[1])], dim=1)
+    for position in range(codes.shape[1], length):
+        back = row if position >= row else min(codebooks, position)
+        filled[:, position] = filled[:, position - back]
+    return filled
+
+
 # Batches and machines -------------------------------------------------------------------------------------------------
 
 
-def batches(prompts: int, seeds: Sequence[int], rows: int) -> Iterator[tuple[int, int, Sequence[int]]]:
+def batches(
+    prompts: int, seeds: Sequence[int], rows: int, whole: bool = False
+) -> Iterator[tuple[int, int, Sequence[int]]]:
     """(first prompt, last prompt + 1, seeds) of each batch of at most `rows` candidates, prompt after prompt.
 
-    Several prompts with all of their seeds where that fits, else one prompt with some of them.
+    Several prompts with all of their seeds where that fits, else one prompt with some of them, or all if `whole`.
     """
-    if len(seeds) <= rows:
-        several = rows // len(seeds)
+    if whole or len(seeds) <= rows:
+        several = max(1, rows // len(seeds))
         for first in range(0, prompts, several):
             yield first, min(first + several, prompts), seeds
     else:
@@ -360,3 +653,16 @@ def _read(path: str) -> str:
 
 def _best_first(candidate: Candidate) -> float:
     return 0 if candidate.score is None else -candidate.score
+
+
+def _generated(candidates: Sequence[Candidate], job: Job) -> Generated:
+    """What is returned of a prompt."""
+    images, scores, seeds, codes, log_probs, drawn_log_probs = zip(*candidates, strict=True)
+    return Generated(
+        list(images),
+        None if job.reranker is None else list(scores),
+        list(seeds),
+        torch.stack(codes),
+        torch.stack(log_probs) if job.scored else None,
+        torch.stack(drawn_log_probs) if job.scored else None,
+    )

@@ -119,6 +119,7 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
             codebook_size=codes.meta.codebook_size,
             code_shape=codes.meta.code_shape,
             text_vocab_size=text_tokenizer.vocab_size,
+            condition_dropout=recipe.condition_dropout,
             image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
             text_tokenizer_fingerprint=text_tokenizer.fingerprint,
             **recipe.model.model_dump(),
@@ -126,6 +127,8 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
         return GPTPrior(config, text_tokenizer)
     prior = load_prior(recipe.prior, text_tokenizer)
     check_codes(prior, recipe.prior, codes, recipe.codes)
+    if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a prompt
+        prior.config = prior.config.model_copy(update={"condition_dropout": recipe.condition_dropout})
     return prior.train()
 
 

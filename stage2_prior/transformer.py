@@ -40,6 +40,7 @@ class GPTConfig(Config):
     num_heads: int = Field(8, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    condition_dropout: float | None = Field(None, ge=0, lt=1)  # it was trained with; None: not recorded
     image_tokenizer_fingerprint: str = ""  # of the codes and the text it was trained on
     text_tokenizer_fingerprint: str = ""
 

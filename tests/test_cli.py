@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from common.errors import InputError
+from common.images import read_origin
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,12 +253,35 @@ def test_results_are_on_stdout_and_the_rate_on_stderr(draw: list[object], capsys
     assert ".png" in out and ".png" not in error
 
 
+@pytest.mark.filterwarnings("default::common.errors.InputWarning")
+def test_a_long_prompt_is_drawn_with_one_line_about_what_was_cut(
+    draw: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*map(str, draw), "heart " * 50, *SMALL]) == 0
+    out, error = capsys.readouterr()
+    warnings = [line for line in error.splitlines() if line.startswith("tessera: warning: ")]
+    assert len(warnings) == 1 and "left out is 't heart heart" in warnings[0] and ".png" in out
+
+
+def test_sampling_options_reach_the_pictures(ran: Ran, draw: list[object], tmp_path: Path) -> None:
+    options = ["--min-p", "0.1", "--guidance-schedule", "linear", "--negative-prompt", "a dog", "--log-probs"]
+    options += ["--top-of", picture(tmp_path / "red.png"), "--top-rows", "1", "--prune-by", "reranker"]
+    report = json.loads(ran(*draw, "a heart", "-n", "1", "--candidate-budget", "0.5", *options, "--json"))
+    assert (report["candidates"], report["finished"]) == (16, 5)
+    (drawn,) = report["prompts"][0]["images"]
+    origin = read_origin(drawn["path"])
+    assert (origin["sampling"]["min_p"], origin["sampling"]["guidance_schedule"]) == (0.1, "linear")
+    assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 4
+    assert drawn["log_prob"] == origin["log_prob"] < 0
+    replayed = ran("generate", "--replay", drawn["path"], "-o", tmp_path / "again", "--model", draw[2], "--json")
+    assert json.loads(replayed)["identical"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
         ("", "the prompt is empty"),
         (" \n\t", "the prompt is empty"),
-        ("x" * 10_000, "tokens, the prior reads at most"),
         ("a heart " * 5_000, "characters, at most"),
         ("🐶🐱", "has no letter or digit"),
         ("\udcff\udcfe\udc00", "looks like binary data"),
@@ -288,6 +312,14 @@ def test_a_prompt_that_says_nothing_is_refused(
         (["--top-k", "-3"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
         (["--guidance-scale", "inf"], "guidance_scale"),
+        (["--guidance-schedule", "square"], "'square' is not one of 'constant', 'linear', 'cosine'"),
+        (["--min-p", "2"], "min_p"),
+        (["--candidate-budget", "0"], "candidate_budget must be above 0"),
+        (
+            ["--negative-prompt", "a cat", "--guidance-scale", "1"],
+            "a negative prompt is what guidance steers away from",
+        ),
+        (["--top-of", "gone.png"], "gone.png does not exist"),
         (["--device", "toaster"], "the device 'toaster' is not there"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from common.errors import InputError
-from common.images import read_origin, to_tensor
+from common.images import read_origin, save_png, to_tensor
 from pipelines import generate as generating
 from pipelines.bundle import assemble_bundle, bundle_fingerprint
 from pipelines.generate import Report, generate, public_name, read_prompts, replay, slug
@@ -63,7 +63,14 @@ def test_what_is_written(
             assert opened.mode == "RGB" and opened.tobytes() == image.tobytes()
         origin = read_origin(picture.path)
         assert origin["prompt"] == PROMPT and origin["seed"] == picture.seed and origin["score"] == picture.score
-        assert origin["sampling"] == {"temperature": 0.9, "top_k": 20, "top_p": None, "guidance_scale": 2.0}
+        assert origin["sampling"] == {
+            "temperature": 0.9,
+            "top_k": 20,
+            "top_p": None,
+            "min_p": None,
+            "guidance_scale": 2.0,
+            "guidance_schedule": "constant",
+        }
         assert origin["bundle"] == bundle_fingerprint(tiny_bundle) and origin["version"]
         assert str(tmp_path) not in json.dumps(origin) and origin["model"] == "tiny"
         score = tiny_clip.score(PROMPT, to_tensor(image)[None]).item()
@@ -170,6 +177,44 @@ def test_replay_draws_the_picture_again(tiny_bundle: Path, tiny_parts: Path, tmp
     assert replay(picture.path, tmp_path / "third", model=other, device="cpu").identical
 
 
+def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.png"
+    Image.effect_noise((30, 40), 90).convert("RGB").save(top)
+    report = draw(
+        tmp_path / "out",
+        tiny_bundle,
+        num_candidates=8,
+        min_p=0.05,
+        guidance_scale=3.0,
+        guidance_schedule="linear",
+        negative_prompt="a dog",
+        top_of=top,
+        candidate_budget=0.6,
+        log_probs=True,
+    )
+    assert (report.candidates, report.finished) == (8, 3)
+    for picture in report.prompts[0].images:
+        origin = read_origin(picture.path)
+        assert origin["sampling"]["min_p"] == 0.05 and origin["sampling"]["guidance_schedule"] == "linear"
+        assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 8
+        assert origin["log_prob"] == picture.log_prob and picture.log_prob < 0 and picture.drawn_log_prob < 0
+        assert replay(picture.path, tmp_path / "again", model=tiny_bundle, device="cpu").identical
+    assert len(read_origin(str(report.prompts[0].sheet))["seeds"]) == 3
+
+
+def test_pictures_of_earlier_versions_replay(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Origins as they were before min-p, schedules, negative prompts and given codes."""
+    picture = draw(tmp_path / "out", tiny_bundle).prompts[0].images[0].path
+    origin = read_origin(picture)
+    origin["sampling"] = {
+        name: origin["sampling"][name] for name in ("temperature", "top_k", "top_p", "guidance_scale")
+    }
+    known = {"prompt", "seed", "sampling", "bundle", "model", "version", "score"}
+    with Image.open(picture) as opened:
+        save_png(opened.copy(), tmp_path / "old.png", {name: origin[name] for name in known})
+    assert replay(tmp_path / "old.png", tmp_path / "again", model=tiny_bundle, device="cpu").identical
+
+
 def test_replay_says_when_the_pixels_differ(tiny_bundle: Path, tmp_path: Path) -> None:
     picture = Path(draw(tmp_path, tiny_bundle).prompts[0].images[0].path)
     with Image.open(picture) as opened:
@@ -257,8 +302,10 @@ def test_no_prompt_file(tmp_path: Path) -> None:
         ({"prompts": ""}, "the prompt is empty"),
         ({"prompts": "🎉"}, "no letter or digit"),
         ({"prompts": "a\0"}, "binary"),
-        ({"prompts": "heart " * 1667}, "shorten it"),
-        ({"prompts": ["a dog", "heart " * 1667]}, "prompt 2 of 2"),
+        ({"prompts": "heart " * 6000}, "shorten it"),
+        ({"prompts": ["a dog", "heart " * 6000]}, "prompt 2 of 2"),
+        ({"top_of": "none.png"}, "none.png does not exist"),
+        ({"candidate_budget": 0.01}, "too little"),
         ({"num_images": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
         ({"num_candidates": -1}, "num_candidates must be"),
         ({"num_candidates": 10**10}, "GB of memory"),

@@ -1,5 +1,6 @@
 """The pipeline: a picture depends on prompt, seed and sampling alone, the best come first, bad input is a sentence."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, InputWarning
 from common.images import to_pil
 from pipelines import text_to_image
-from pipelines.text_to_image import Generated, TextToImagePipeline, batches, check_prompt, find_device, free_memory
+from pipelines.text_to_image import (
+    Generated,
+    TextToImagePipeline,
+    batches,
+    check_prompt,
+    fill,
+    find_device,
+    free_memory,
+)
 from rerank import ClipReranker
-from stage2_prior import sample, unflatten_codes
+from stage2_prior import GPTPrior, flatten_codes, sample, unflatten_codes
 from tests.conftest import tiny_prior
 
 PROMPT = "a red heart above a blue circle"
@@ -125,6 +134,199 @@ def test_progress_rises_to_the_total(tiny_pipeline: TextToImagePipeline) -> None
     assert {total for _, total in seen} == {2 * 5 * 16} and seen[-1][0] == 2 * 5 * 16
 
 
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+EVERYTHING: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 16,
+    "top_p": 0.97,
+    "min_p": 0.01,
+    "guidance_scale": 3.0,
+    "guidance_schedule": "cosine",
+    "negative_prompt": "a dog",
+    "first_codes": [3, 1, 4, 1, 5],
+}
+
+
+def test_everything_at_once_depends_on_the_seed_alone(tiny_pipeline: TextToImagePipeline) -> None:
+    together = tiny_pipeline(PROMPT, num_images_per_prompt=6, num_candidates=6, batch_size=4, **EVERYTHING)
+    for image, seed, codes in zip(together.images, together.seeds, together.codes, strict=True):
+        alone = tiny_pipeline([PROMPT], num_candidates=1, seed=seed, rerank=False, **EVERYTHING)
+        assert torch.equal(alone.codes[0], codes) and alone.images[0].tobytes() == image.tobytes()
+        assert codes.flatten()[:5].tolist() == [3, 1, 4, 1, 5]
+    for change in EVERYTHING:
+        without = {name: value for name, value in EVERYTHING.items() if name != change}
+        if change in ("top_k", "top_p", "min_p"):  # which may leave alone what is drawn by chance
+            assert tiny_pipeline(PROMPT, num_candidates=1, **without).codes.shape == (1, 1, 4, 4)
+        else:
+            other = tiny_pipeline(PROMPT, num_images_per_prompt=6, num_candidates=6, rerank=False, **without)
+            assert not torch.equal(other.codes, together.codes[torch.tensor(together.seeds).argsort()])
+
+
+def test_settings_may_come_as_a_whole(tiny_pipeline: TextToImagePipeline) -> None:
+    sampling = tiny_pipeline.settings(min_p=0.1, top_k=0, guidance_schedule="linear")
+    assert (sampling.min_p, sampling.top_k, sampling.guidance_scale) == (0.1, None, 2.0)
+    assert tiny_pipeline.settings(sampling, min_p=0).min_p is None
+    whole = tiny_pipeline(PROMPT, num_candidates=3, sampling=sampling)
+    parts = tiny_pipeline(PROMPT, num_candidates=3, min_p=0.1, top_k=0, guidance_schedule="linear")
+    assert torch.equal(whole.codes, parts.codes)
+
+
+def test_log_probabilities_are_those_of_the_codes(tiny_pipeline: TextToImagePipeline) -> None:
+    prompts = [PROMPT, "a dog"]
+    generated = tiny_pipeline(prompts, num_images_per_prompt=3, num_candidates=4, log_probs=True)
+    assert generated.log_probs is not None and generated.drawn_log_probs is not None
+    prior, codes = tiny_pipeline.prior, flatten_codes(generated.codes)
+    with torch.no_grad():
+        logits = prior(prior.prefix(prompts).repeat_interleave(3, 0), codes)
+    forced = logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1))[..., 0]
+    torch.testing.assert_close(generated.log_probs.sum(-1), forced.sum(-1), rtol=0, atol=1e-4)
+    assert (generated.drawn_log_probs <= 0).all()
+    assert not torch.allclose(generated.drawn_log_probs, generated.log_probs, atol=1e-2)  # guidance and top-k
+    plain = tiny_pipeline(prompts, num_images_per_prompt=3, num_candidates=4)
+    assert plain.log_probs is None and torch.equal(plain.codes, generated.codes)
+
+
+def test_the_top_of_a_picture_stays(tiny_pipeline: TextToImagePipeline) -> None:
+    picture = tiny_pipeline("a dog", num_candidates=1).images[0].resize((40, 30))
+    first = tiny_pipeline.codes_of_top(picture)
+    assert len(first) == 8 and len(tiny_pipeline.codes_of_top(picture, 1)) == 4
+    generated = tiny_pipeline(PROMPT, num_candidates=3, first_codes=first)
+    assert all(torch.equal(codes.flatten()[:8], first) for codes in generated.codes)
+    assert len({tuple(codes.flatten().tolist()) for codes in generated.codes}) == 3
+    for rows in (4, 0, True):
+        with pytest.raises(InputError, match="top_rows must be"):
+            tiny_pipeline.codes_of_top(picture, rows)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [
+        ("heart " * 100, "heart "),
+        ("x" * 10_000, "x"),
+        ("红心在蓝色圆圈上方" * 40, "红心在蓝色圆圈上方"),
+    ],
+)
+def test_a_long_prompt_is_cut_and_the_warning_shows_what_was_left_out(
+    tiny_pipeline: TextToImagePipeline, prompt: str, kept: str
+) -> None:
+    with pytest.warns(InputWarning, match="prompt 2 is longer than the prior reads; left out is '") as caught:
+        prefixes = tiny_pipeline.prefixes(["a dog", prompt])
+    (warning,) = caught
+    shown = str(warning.message).split("left out is '")[1].removesuffix("'")
+    assert "\n" not in shown and len(shown) < 200
+    if "..." in shown:
+        shown, count = shown.split("... (")
+        left = int(count.split()[0].replace(",", ""))
+    else:
+        left = len(shown)
+    tokenizer = tiny_pipeline.prior.text_tokenizer
+    assert tokenizer is not None
+    start = tokenizer.decode(prefixes[1].tolist())
+    assert prompt.startswith(start.strip()) and kept[:1] in start
+    assert abs(len(prompt) - len(start) - left) <= 3 and shown[:100].strip() in " ".join(prompt.split())
+    assert int((prefixes[1] == 0).sum()) <= 2  # nearly all of the room is used
+    with pytest.warns(InputWarning, match="the prompt is longer"):
+        assert len(tiny_pipeline(prompt, num_candidates=1).images) == 1
+    with pytest.warns(InputWarning, match="the negative prompt is longer"):
+        assert len(tiny_pipeline("a dog", num_candidates=1, negative_prompt=prompt).images) == 1
+
+
+def test_guidance_on_a_prior_trained_without_dropout_is_warned_of(tiny_pipeline: TextToImagePipeline) -> None:
+    never = GPTPrior(tiny_pipeline.prior.config.model_copy(update={"condition_dropout": 0.0}))
+    never.text_tokenizer = tiny_pipeline.prior.text_tokenizer
+    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, never.eval(), sampling=tiny_pipeline.sampling)
+    with pytest.warns(InputWarning, match="trained without condition_dropout"):
+        assert len(pipeline(PROMPT, num_candidates=1).images) == 1
+    pipeline(PROMPT, num_candidates=1, guidance_scale=1.0)  # ours would be an error
+    pipeline(PROMPT, num_candidates=1, negative_prompt="a dog")
+
+
+# Early pruning and streams --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prune_by", ["likelihood", "reranker"])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_pruned_pictures_are_those_of_the_full_run(
+    tiny_pipeline: TextToImagePipeline, prune_by: Any, batch_size: int | None
+) -> None:
+    prompts, seen = [PROMPT, "a dog"], []
+    full = tiny_pipeline(prompts, num_images_per_prompt=12, num_candidates=12)
+    pruned = tiny_pipeline(
+        prompts,
+        num_candidates=12,
+        candidate_budget=0.5,
+        prune_by=prune_by,
+        batch_size=batch_size,
+        progress=lambda *report: seen.append(report),
+    )
+    assert len(pruned.images) == 2 * 4 and pruned.scores is not None and full.scores is not None
+    for i, image in enumerate(pixels(pruned)):
+        own = i // 4 * 12 + full.seeds[i // 4 * 12 :][:12].index(pruned.seeds[i])
+        assert pixels(full)[own] == image and torch.equal(full.codes[own], pruned.codes[i])
+        assert pruned.scores[i] == pytest.approx(full.scores[own], abs=1e-6)
+    assert seen[-1][0] == seen[-1][1] and (batch_size or seen[-1][1] <= 0.5 * 2 * 12 * 16)
+    assert pruned.scores[:4] == sorted(pruned.scores[:4], reverse=True)
+
+
+def test_the_whole_budget_prunes_nothing(tiny_pipeline: TextToImagePipeline) -> None:
+    whole = tiny_pipeline(PROMPT, num_candidates=3, candidate_budget=1.0)
+    assert whole.seeds == tiny_pipeline(PROMPT, num_candidates=3).seeds
+    assert len(tiny_pipeline(PROMPT, num_candidates=6, candidate_budget=0.5).images) == 2  # all that are finished
+
+
+def test_pruning_by_a_reranker_needs_one(tiny_pipeline: TextToImagePipeline) -> None:
+    bare = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    assert "there is no reranker to prune by" in refusal(bare, PROMPT, candidate_budget=0.5, prune_by="reranker")
+
+
+def test_missing_codes_repeat_the_row_above() -> None:
+    row = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    assert fill(row, (1, 4, 3)).tolist() == [[1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6]]
+    assert fill(row[:, :5], (1, 4, 3)).tolist() == [[1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 3]]
+    assert fill(row[:, :2], (1, 2, 3)).tolist() == [[1, 2, 2, 1, 2, 2]]
+    assert fill(row[:, :3], (2, 2, 2)).tolist() == [[1, 2, 3, 2, 1, 2, 3, 2]]
+    assert fill(row[:, :1], (2, 1, 2)).tolist() == [[1, 1, 1, 1]]
+
+
+def test_a_stream_gives_every_prompt_what_a_call_gives(tiny_pipeline: TextToImagePipeline) -> None:
+    prompts = [PROMPT, "a dog", "红心"]
+    call = tiny_pipeline(prompts, num_images_per_prompt=5, num_candidates=5)
+    streamed = list(tiny_pipeline.stream(prompts, num_candidates=5, batch_size=3))
+    assert [seed for one in streamed for seed in one.seeds] == call.seeds
+    assert [image for one in streamed for image in pixels(one)] == pixels(call)
+    with pytest.raises(InputError, match="temperature"):  # before anything is asked of the stream
+        tiny_pipeline.stream(prompts, temperature=-1.0)
+
+
+def test_a_prompt_is_decoded_while_the_next_is_drawn(
+    tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first picture waits until the second prompt is being drawn, which it would for ever if they took turns."""
+    drawing_next, decode = threading.Event(), tiny_pipeline.image_tokenizer.decode
+
+    def wait(codes: Tensor) -> Tensor:
+        assert drawing_next.wait(60), "the next prompt was not drawn meanwhile"
+        return decode(codes)
+
+    def progress(done: int, total: int) -> None:
+        if done > total // 2:
+            drawing_next.set()
+
+    monkeypatch.setattr(tiny_pipeline.image_tokenizer, "decode", wait)
+    assert len(tiny_pipeline([PROMPT, "a dog"], num_candidates=1, batch_size=1, progress=progress).images) == 2
+
+
+def test_what_fails_in_the_second_thread_is_raised(tiny_pipeline: TextToImagePipeline) -> None:
+    class Broken:
+        def score(self, prompt: str, images: Tensor, codes: Tensor) -> Tensor:
+            raise RuntimeError("no score today")
+
+    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior, Broken())
+    with pytest.raises(RuntimeError, match="no score today"):
+        pipeline([PROMPT, "a dog"], num_candidates=2, batch_size=2)
+
+
 @given(prompts=st.integers(1, 6), count=st.integers(1, 9), rows=st.integers(1, 30))
 def test_batches_cover_every_candidate_once_in_order(prompts: int, count: int, rows: int) -> None:
     made = list(batches(prompts, range(count), rows))
@@ -147,12 +349,9 @@ def test_batches_cover_every_candidate_once_in_order(prompts: int, count: int, r
         ("🎉🎉", "the prompt '🎉🎉' has no letter or digit; describe the picture in words"),
         ("❤️👍🏽!?", "has no letter or digit"),
         ("...", "has no letter or digit"),
-        ("heart " * 1667, "the prompt has 10002 tokens|the prior reads at most 23; shorten it"),
-        ("x" * 10_000, "the prior reads at most 23; shorten it"),
         ("心" * 33_000, "the prompt has 33,000 characters, at most 32,000 are read; shorten it"),
         ([], "there are no prompts; give at least one"),
         (["a dog", ""], "prompt 2 of 2: the prompt is empty"),
-        (["a dog", "a cat", "heart " * 100], "prompt 3 of 3: the prompt has"),
         (7, "a prompt must be text, got int"),
         (["a dog", None], "prompt 2 of 2: a prompt must be text, got NoneType"),
     ],
@@ -198,6 +397,32 @@ def test_good_prompts(prompt: str) -> None:
         ({"top_k": -1}, "top_k: Input should be greater than or equal to 1"),
         ({"top_p": 0.0}, "top_p: Input should be greater than 0"),
         ({"top_p": 1.5}, "top_p: Input should be less than or equal to 1"),
+        ({"min_p": 1.5}, "min_p: Input should be less than or equal to 1"),
+        ({"min_p": -0.1}, "min_p: Input should be greater than 0"),
+        ({"guidance_schedule": "square"}, "guidance_schedule: Input should be 'constant', 'linear' or 'cosine'"),
+        ({"negative_prompt": "a cat", "guidance_scale": 1.0}, "a negative prompt is what guidance steers away from"),
+        ({"negative_prompt": "!!"}, "the negative prompt '!!' has no letter or digit"),
+        ({"negative_prompt": 7}, "a negative prompt must be text, got int"),
+        ({"first_codes": [1, 32]}, "first_codes must be in [0, 32), got 32"),
+        ({"first_codes": [-1, 31]}, "first_codes must be in [0, 32), got -1"),
+        ({"first_codes": [1] * 16}, "first_codes must leave something to draw of 16 codes, got 16"),
+        ({"first_codes": [0.5]}, "first_codes must be (n,) whole numbers"),
+        ({"first_codes": [[1, 2]]}, "first_codes must be (n,) whole numbers, got (1, 2)"),
+        ({"first_codes": ["x"]}, "first_codes must be whole numbers"),
+        ({"candidate_budget": 0}, "candidate_budget must be above 0 and at most 1, got 0"),
+        ({"candidate_budget": 1.5}, "candidate_budget must be above 0 and at most 1, got 1.5"),
+        ({"candidate_budget": float("nan")}, "candidate_budget must be above 0 and at most 1, got nan"),
+        (
+            {"candidate_budget": 0.05},
+            "a candidate_budget of 0.05 is too little for 16 candidates of 16 codes; raise it",
+        ),
+        ({"candidate_budget": 0.5, "num_candidates": 1}, "is too little for 1 candidates of 16 codes"),
+        (
+            {"candidate_budget": 0.5, "num_images_per_prompt": 6},
+            "finishes 5 of 16 candidates, but num_images_per_prompt is 6; ask for fewer pictures",
+        ),
+        ({"candidate_budget": 0.5, "guidance_scale": 1.0}, "which takes guidance; set a guidance_scale other than 1"),
+        ({"candidate_budget": 0.5, "prune_by": "luck"}, "prune_by must be 'likelihood' or 'reranker', got 'luck'"),
     ],
 )
 def test_bad_arguments(tiny_pipeline: TextToImagePipeline, arguments: dict[str, Any], sentence: str) -> None:

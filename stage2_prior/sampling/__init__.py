@@ -1,6 +1,7 @@
 """Drawing codes from a prior, apart from the priors themselves."""
 
-from stage2_prior.sampling.sample import sample
+from stage2_prior.sampling.prune import plan_pruning, sample_pruned
+from stage2_prior.sampling.sample import Drawing, Sampled, sample, sample_scored
 from stage2_prior.sampling.settings import Sampling
 
-__all__ = ["Sampling", "sample"]
+__all__ = ["Drawing", "Sampled", "Sampling", "plan_pruning", "sample", "sample_pruned", "sample_scored"]

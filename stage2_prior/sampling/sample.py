@@ -1,57 +1,162 @@
 """Ancestral sampling with a cache: the prefix is computed once for all candidates, guidance is more rows of the batch.
 
 An image depends on its prefix, its seed and the settings alone: every row has its own random generator, so candidate i
-is the same in a batch of 1 or 64.
+is the same in a batch of 1 or 64. Every code uses its share of the generator whether it is drawn or given: with its own
+first codes given, a seed draws the same image again.
+
+Letters: R prefixes, N images, P prefix, T codes an image, K codebook size.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.errors import InputError
 from stage2_prior.base import Prior
-from stage2_prior.sampling.settings import Sampling, filter_logits, guide
+from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
+
+Progress = Callable[[int], None]  # codes drawn since the last call
 
 
-@torch.inference_mode()
+class Sampled(NamedTuple):
+    codes: Tensor  # (N, T) int64
+    log_probs: Tensor  # (N, T) float32, log p(code | prefix, codes before it), the prior's own: no guidance, no filters
+    drawn_log_probs: Tensor  # (N, T) float32, under what the code was drawn from; 0 for a code that was given
+
+
 def sample(
     prior: Prior,
     prefix: Tensor,
     seeds: Sequence[int],
     sampling: Sampling | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    null: Tensor | None = None,
+    first_codes: Tensor | None = None,
 ) -> Tensor:
     """Draws one image's codes for each seed: (N, T) int64 on the prior's device.
 
-    `prefix` (R, P): each row serves N / R seeds in a row; one row serves all. `progress(t)` is called after code t.
-    Raises InputError when N is not a multiple of R.
+    `prefix` (R, P): each row serves N / R seeds in a row; one row serves all. `null` (1, P) or (R, P) is what guidance
+    steers away from, by default the prior's null prefix. `first_codes` (n,), n < T, are the first codes of every image;
+    the rest is drawn. Raises InputError when N is not a multiple of R, or for given codes that are not codes.
     """
-    sampling = sampling or Sampling()
-    if not seeds or len(seeds) % len(prefix):
-        raise InputError(f"the number of seeds must be a multiple of the {len(prefix)} prefixes, got {len(seeds)}")
-    rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(seeds) // len(prefix))
-    guided = sampling.guidance_scale != 1
-    if guided:
-        prefix = torch.cat([prefix, prior.null_prefix(1).to(prefix.device)])
-        rows = torch.cat([rows, torch.full_like(rows, len(prefix) - 1)])
+    drawing = Drawing(prior, prefix, seeds, sampling, null=null, first_codes=first_codes)
+    drawing.advance(prior.length, progress)
+    return drawing.codes
 
-    logits, cache = prior.prefill(prefix, prior.length - 1)
-    logits, cache = logits[rows], cache.repeat(rows)  # (N, K), or (2N, K) with the unconditional rows below
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    codes = torch.empty(len(seeds), prior.length, dtype=torch.int64, device=prefix.device)
-    for position in range(prior.length):
-        if position > 0:
-            drawn = codes[:, position - 1]
-            logits = prior.step(torch.cat([drawn, drawn]) if guided else drawn, cache)
-        logits = logits.float()
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, sampling.guidance_scale)
-        codes[:, position] = draw(filter_logits(logits, sampling), generators)
-        if progress is not None:
-            progress(position)
-    return codes
+
+def sample_scored(
+    prior: Prior,
+    prefix: Tensor,
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+    *,
+    null: Tensor | None = None,
+    first_codes: Tensor | None = None,
+) -> Sampled:
+    """`sample` with the log-probabilities of the codes; they cost one more softmax a code."""
+    drawing = Drawing(prior, prefix, seeds, sampling, null=null, first_codes=first_codes, scored=True)
+    drawing.advance(prior.length, progress)
+    return drawing.sampled
+
+
+class Drawing:
+    """Images under way: `advance` draws on, `keep` lets some of them go."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        prior: Prior,
+        prefix: Tensor,
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        null: Tensor | None = None,
+        first_codes: Tensor | None = None,
+        scored: bool = False,
+    ) -> None:
+        """Reads the prefixes and the given codes; arguments as of `sample`. `scored` keeps log-probabilities."""
+        if not seeds or len(seeds) % len(prefix):
+            raise InputError(f"the number of seeds must be a multiple of the {len(prefix)} prefixes, got {len(seeds)}")
+        self.prior, self.sampling, self.scored = prior, sampling or Sampling(), scored
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        given = check_first_codes(prior, first_codes).to(prefix.device)  # (n,)
+        self.given = self.position = len(given)  # codes given; codes there are
+
+        # The unconditional rows stand below the conditional ones: one for all prefixes, or each prefix its own.
+        rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(seeds) // len(prefix))
+        images = rows
+        if self.sampling.guided:
+            null = (prior.null_prefix(1) if null is None else null).to(prefix.device)
+            rows = torch.cat([rows, len(prefix) + rows % len(null)])
+            prefix = torch.cat([prefix, null])
+
+        shape = len(seeds), prior.length
+        self.codes = torch.zeros(shape, dtype=torch.int64, device=prefix.device)
+        self.codes[:, : self.given] = given
+        # Kept when scored: under the prefix, under the null (when guided), and under what codes are drawn from.
+        self.log_probs, self.null_log_probs, self.drawn_log_probs = self.codes.new_zeros(
+            3, *shape, dtype=torch.float32
+        ).unbind()
+
+        logits, self.cache = prior.prefill(prefix, prior.length - 1)
+        for position, code in enumerate(given):
+            if scored:
+                values = logits.float().log_softmax(-1)[:, code][rows]
+                self.log_probs[:, position] = values[: len(images)]
+                self.null_log_probs[:, position] = values[-len(images) :]
+            noise(self.generators, prior.codebook_size)
+            logits = self._read(code.expand(len(prefix)))
+        self.logits = logits[rows]  # (N, K), or (2N, K) when guided; of the code at `position` while none is drawn
+        self.cache = self.cache.repeat(rows)
+
+    @torch.inference_mode()
+    def advance(self, until: int, progress: Progress | None = None) -> None:
+        """Draws the codes of all images up to position `until`."""
+        for position in range(self.position, until):
+            if position > self.given:
+                last = self.codes[:, position - 1]
+                self.logits = self._read(torch.cat([last, last]) if self.sampling.guided else last)
+            self.codes[:, position] = self._draw(position)
+            self.position = position + 1
+            if progress is not None:
+                progress(len(self.codes))
+
+    @property
+    def sampled(self) -> Sampled:
+        """What there is so far; log-probabilities are 0 for codes that are not drawn yet, and unless `scored`."""
+        return Sampled(self.codes, self.log_probs, self.drawn_log_probs)
+
+    @torch.inference_mode()
+    def keep(self, images: Tensor) -> None:
+        """Goes on with these images only, (M,) int64 in [0, N), in this order."""
+        rows = torch.cat([images, images + len(self.codes)]) if self.sampling.guided else images
+        self.logits, self.cache = self.logits[rows], self.cache.repeat(rows)
+        self.codes, self.log_probs = self.codes[images], self.log_probs[images]
+        self.null_log_probs, self.drawn_log_probs = self.null_log_probs[images], self.drawn_log_probs[images]
+        self.generators = [self.generators[image] for image in images.tolist()]
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """The codes of all rows of the cache -> logits of the next ones."""
+        return self.prior.step(codes, self.cache)
+
+    def _draw(self, position: int) -> Tensor:
+        """The logits -> a code for each image (N,)."""
+        logits = conditional = self.logits.float()
+        if self.sampling.guided:
+            conditional, null = logits.chunk(2)
+            logits = guide(conditional, null, guidance_at(self.sampling, position, self.prior.length))
+        logits = filter_logits(logits, self.sampling)
+        codes = draw(logits, self.generators)
+        if self.scored:
+            self.log_probs[:, position] = log_prob(conditional, codes)
+            self.drawn_log_probs[:, position] = log_prob(logits, codes)
+            if self.sampling.guided:
+                self.null_log_probs[:, position] = log_prob(null, codes)
+        return codes
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -59,7 +164,31 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
     The Gumbel-max trick (Gumbel 1954): argmax of logits - log(exponential noise).
     """
-    noise = torch.empty(logits.shape, dtype=torch.float32)
-    for row, generator in zip(noise, generators, strict=True):
+    return (logits - noise(generators, logits.shape[-1]).log().to(logits.device)).argmax(-1)
+
+
+def noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
+    """What one code of each image takes from its generator: (N, K) float32, exponentially distributed, on the CPU."""
+    rows = torch.empty(len(generators), size)
+    for row, generator in zip(rows, generators, strict=True):
         row.exponential_(generator=generator)
-    return (logits - noise.log().to(logits.device)).argmax(-1)
+    return rows
+
+
+def log_prob(logits: Tensor, codes: Tensor) -> Tensor:
+    """(N, K) and (N,) int64 -> log of each code's probability (N,)."""
+    return logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+
+
+def check_first_codes(prior: Prior, codes: Tensor | None) -> Tensor:
+    """The given codes as (n,) int64, none for None. Raises InputError unless they are fewer than T and in [0, K)."""
+    if codes is None:
+        return torch.empty(0, dtype=torch.int64)
+    if codes.ndim != 1 or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise InputError(f"first_codes must be (n,) whole numbers, got {tuple(codes.shape)} of {codes.dtype}")
+    if len(codes) >= prior.length:
+        raise InputError(f"first_codes must leave something to draw of {prior.length} codes, got {len(codes)}")
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < prior.codebook_size:
+        wrong = int(codes.min()) if codes.min() < 0 else int(codes.max())
+        raise InputError(f"first_codes must be in [0, {prior.codebook_size}), got {wrong}")
+    return codes.to(torch.int64)

@@ -1,4 +1,11 @@
-"""How codes are drawn: the settings, and what each does to the logits."""
+"""How codes are drawn: the settings, and what each does to the logits.
+
+The order is fixed: guidance, temperature, top-k, top-p, min-p, each on what the one before left. Only the k likeliest
+count towards p, and min-p is a share of the likeliest code's probability, which neither top-k nor top-p changes.
+"""
+
+import math
+from typing import Literal, assert_never
 
 import torch
 from pydantic import Field
@@ -9,9 +16,34 @@ from common.config import Config
 
 class Sampling(Config):
     temperature: float = Field(1.0, gt=0)  # below 1 sharpens, above 1 flattens
-    top_k: int | None = Field(None, ge=1)  # only the k likeliest codes
+    top_k: int | None = Field(None, ge=1)  # only the k likeliest codes; all of them from the codebook's size on
     top_p: float | None = Field(None, gt=0, le=1)  # only the likeliest codes that together reach probability p
+    min_p: float | None = Field(None, gt=0, le=1)  # only codes of at least p times the probability of the likeliest
     guidance_scale: float = Field(1.0, ge=0)  # 1 is the plain conditional distribution
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # see `guidance_at`
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1
+
+
+def guidance_at(sampling: Sampling, position: int, length: int) -> float:
+    """The guidance scale of code `position` of `length`.
+
+    Constant, or moving from 1 at the first code to the whole scale at the last: along a line (Chang et al. 2023,
+    section 2.7) or half a cosine wave (Wang et al. 2024), so that early codes vary freely and late ones keep to the
+    prompt.
+    """
+    share = position / max(1, length - 1)
+    match sampling.guidance_schedule:
+        case "constant":
+            return sampling.guidance_scale
+        case "linear":
+            return 1 + (sampling.guidance_scale - 1) * share
+        case "cosine":
+            return 1 + (sampling.guidance_scale - 1) * (1 - math.cos(math.pi * share)) / 2
+        case _:
+            assert_never(sampling.guidance_schedule)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -21,7 +53,10 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, then top-p (Holtzman et al. 2020): (N, K) -> (N, K) with -inf where nothing is drawn."""
+    """Temperature, then top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024).
+
+    (N, K) -> (N, K) with -inf where nothing is drawn; the likeliest code always stays.
+    """
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -31,4 +66,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier codes
         drop = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(drop, -torch.inf)
+    if sampling.min_p is not None:
+        least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     return logits
