@@ -2,7 +2,7 @@
 
     model_index.json        what belongs together: a fingerprint for each part and each file, default sampling settings
     image_tokenizer/        config.json, model.safetensors
-    text_tokenizer/         tokenizer.json
+    text_tokenizer/         tokenizer.json; may be absent
     prior/                  config.json, model.safetensors
     reranker/               open_clip's `local-dir` layout; may be absent
 
@@ -29,7 +29,8 @@ from common.text import TextTokenizer
 from common.weights import find_folder, fingerprint, new_folder, write_json
 from rerank.clip import WEIGHT_FILE, ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import GPTPrior, Sampling, load_prior
+from stage2_prior import Sampling, load_prior
+from stage2_prior.base import Prior
 
 INDEX = "model_index.json"
 SHIPPED = Path(__file__).parent / "bundles"
@@ -41,7 +42,7 @@ class Fingerprints(Config):
     """Of what the parts agree on, as each part computes it."""
 
     image_tokenizer: str  # encoder and codebook; the prior's config names it too
-    text_tokenizer: str  # merges; the prior's config names it too
+    text_tokenizer: str | None  # merges; the prior's config names it too
     reranker: str | None  # weights, tokenizer and preprocessing
 
 
@@ -59,7 +60,7 @@ class BundleIndex(Config):
 
 class Bundle(NamedTuple):
     image_tokenizer: Autoencoder
-    prior: GPTPrior
+    prior: Prior
     reranker: ClipReranker | None
     sampling: Sampling
     fingerprint: str
@@ -80,7 +81,10 @@ def load_bundle(
     index = read_index(folder)
     check_files(folder, index)
     image_tokenizer = Autoencoder.from_pretrained(folder / "image_tokenizer")
-    prior = load_prior(folder / "prior", TextTokenizer.from_pretrained(folder / "text_tokenizer"))
+    text_tokenizer = None
+    if index.fingerprints.text_tokenizer is not None:
+        text_tokenizer = TextTokenizer.from_pretrained(folder / "text_tokenizer")
+    prior = load_prior(folder / "prior", text_tokenizer)
     _check_pair(image_tokenizer, prior, folder / "image_tokenizer", folder / "prior")
     reranker = None
     if rerank and index.fingerprints.reranker is not None:
@@ -132,21 +136,18 @@ def assemble_bundle(
     *,
     image_tokenizer: str | Path,
     prior: str | Path,
-    text_tokenizer: str | Path,
+    text_tokenizer: str | Path | None,
     reranker: str | Path | None = None,
     sampling: Sampling | None = None,
 ) -> Path:
     """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
 
-    An older bundle at `out` is replaced. Raises InputError when a part is broken, when parts do not fit together, or
-    when `out` is a folder with something else in it.
+    `text_tokenizer` is None for a prior that reads no text of its own. An older bundle at `out` is replaced. Raises
+    InputError when a part is broken, when parts do not fit together, or when `out` is a folder with something else.
     """
-    out = Path(out)
-    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle; give a new folder")
-    folders = {"image_tokenizer": image_tokenizer, "text_tokenizer": text_tokenizer, "prior": prior}
-    folders |= {} if reranker is None else {"reranker": reranker}
-    found = {part: find_folder(source) for part, source in folders.items()}
+    out = new_bundle(out)
+    folders = dict(zip(PARTS, (image_tokenizer, text_tokenizer, prior, reranker), strict=True))
+    found = {part: find_folder(source) for part, source in folders.items() if source is not None}
     fingerprints = _check_parts(found)
     with new_folder(out) as new:
         for part, source in found.items():
@@ -161,27 +162,36 @@ def assemble_bundle(
     return out
 
 
+def new_bundle(out: str | Path) -> Path:
+    """`out` as the place of a bundle to be written. Raises InputError when something else is there."""
+    out = Path(out)
+    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle; give a new folder")
+    return out
+
+
 def save_bundle(
     out: str | Path,
     image_tokenizer: Autoencoder,
-    prior: GPTPrior,
+    prior: Prior,
     reranker: ClipReranker | None = None,
     sampling: Sampling | None = None,
 ) -> Path:
     """Writes the parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
-    if prior.text_tokenizer is None:
+    if prior.text_tokenizer is None and prior.config.text_tokenizer_fingerprint:
         raise InputError("the prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         image_tokenizer.save_pretrained(folder / "image_tokenizer")
-        prior.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        if prior.text_tokenizer is not None:
+            prior.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         prior.save_pretrained(folder / "prior")
         if reranker is not None:
             reranker.save_pretrained(folder / "reranker")
         return assemble_bundle(
             out,
             image_tokenizer=folder / "image_tokenizer",
-            text_tokenizer=folder / "text_tokenizer",
+            text_tokenizer=folder / "text_tokenizer" if prior.text_tokenizer is not None else None,
             prior=folder / "prior",
             reranker=folder / "reranker" if reranker is not None else None,
             sampling=sampling,
@@ -190,7 +200,7 @@ def save_bundle(
 
 def _check_parts(folders: dict[str, Path]) -> Fingerprints:
     """Loads every part, so that a bundle is never made of broken ones. Raises InputError."""
-    text = TextTokenizer.from_pretrained(folders["text_tokenizer"])
+    text = TextTokenizer.from_pretrained(folders["text_tokenizer"]) if "text_tokenizer" in folders else None
     images = Autoencoder.from_pretrained(folders["image_tokenizer"])
     _check_pair(images, load_prior(folders["prior"], text), folders["image_tokenizer"], folders["prior"])
     reranker = None
@@ -198,7 +208,11 @@ def _check_parts(folders: dict[str, Path]) -> Fingerprints:
         reranker = ClipReranker.from_pretrained(folders["reranker"]).fingerprint
         if not (folders["reranker"] / WEIGHT_FILE).is_file():
             raise InputError(f"{folders['reranker']} has no {WEIGHT_FILE}; write it with ClipReranker.save_pretrained")
-    return Fingerprints(image_tokenizer=images.fingerprint, text_tokenizer=text.fingerprint, reranker=reranker)
+    return Fingerprints(
+        image_tokenizer=images.fingerprint,
+        text_tokenizer=text.fingerprint if text is not None else None,
+        reranker=reranker,
+    )
 
 
 def _copy_part(part: str, source: Path, target: Path) -> None:
@@ -243,7 +257,7 @@ def check_files(folder: Path, index: BundleIndex) -> None:
             )
 
 
-def _check_pair(image_tokenizer: Autoencoder, prior: GPTPrior, tokenizer_folder: Path, prior_folder: Path) -> None:
+def _check_pair(image_tokenizer: Autoencoder, prior: Prior, tokenizer_folder: Path, prior_folder: Path) -> None:
     """Raises InputError unless the prior draws codes that the image tokenizer decodes (load_prior checks the text)."""
     expected = prior.config.image_tokenizer_fingerprint
     if expected not in ("", image_tokenizer.fingerprint):

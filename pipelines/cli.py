@@ -305,6 +305,8 @@ def check_data(
 
 
 class Convertible(StrEnum):
+    """The image tokenizers and then the priors that can be converted."""
+
     taming_vqgan = "taming-vqgan"
     openai_dvae = "openai-dvae"
     mindalle_vqgan = "mindalle-vqgan"
@@ -318,16 +320,35 @@ class Convertible(StrEnum):
 @app.command()
 def convert(
     family: Annotated[Convertible, typer.Argument(help="Whose checkpoint it is.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Its files, or the folder of them.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer made of it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer or the bundle made of it.")],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="SOURCE", help="Its files, or the folder of them; without any, what to get is said."),
+    ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels a side it is used at.  [default: the checkpoint's, or its family's]")
+        int | None,
+        typer.Option(help="Pixels a side a tokenizer is used at.  [default: the checkpoint's, or its family's]"),
+    ] = None,
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a converted tokenizer, for priors published without theirs.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What a prior's files do not say.")
     ] = None,
 ) -> None:
-    """Turn a public image tokenizer into one of ours; nothing in its files is executed."""
-    from stage1_tokenizer.convert import convert as run
+    """Turn a public image tokenizer, or a prior with all it needs, into ours; nothing in its files is executed."""
+    from pipelines.convert import convert as run
 
-    print(run(family.value, sources, out, image_size))
+    print(
+        run(
+            family.value,
+            sources or [],
+            out,
+            image_size=image_size,
+            image_tokenizer=image_tokenizer,
+            settings=settings or [],
+        )
+    )
 
 
 @app.command()

@@ -20,7 +20,8 @@ from common.images import to_pil
 from pipelines.bundle import load_bundle, save_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import GPTPrior, Sampling, sample, unflatten_codes
+from stage2_prior import Sampling, sample, unflatten_codes
+from stage2_prior.base import Prior
 
 MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
@@ -56,7 +57,7 @@ class TextToImagePipeline:
     def __init__(
         self,
         image_tokenizer: Autoencoder,
-        prior: GPTPrior,
+        prior: Prior,
         reranker: Reranker | None = None,
         sampling: Sampling | None = None,
         fingerprint: str | None = None,
@@ -190,7 +191,7 @@ class TextToImagePipeline:
 
     def _rows(self, prompts: int, candidates: int, keep: int, sampling: Sampling, batch_size: int | None) -> int:
         """How many candidates to draw at once. Raises InputError when the call as a whole does not fit in memory."""
-        device = self.prior.prefix([""]).device
+        device = next(self.prior.parameters()).device
         row, picture = self._row_bytes(sampling), self._picture_bytes()
         wanted = min(MOST_ROWS if batch_size is None else _count("batch_size", batch_size), prompts * candidates)
         results = (prompts * keep + candidates) * picture  # of all prompts so far, and the prompt under way
@@ -206,9 +207,7 @@ class TextToImagePipeline:
 
     def _row_bytes(self, sampling: Sampling) -> int:
         """Roughly what drawing and decoding one more candidate takes: keys and values, logits, pixels."""
-        config = self.prior.config
-        positions = self.prior.prefix_length + self.prior.length // self.prior.num_codebooks
-        numbers = 2 * config.depth * positions * config.dim + 8 * config.codebook_size
+        numbers = self.prior.cache_numbers() + 8 * self.prior.codebook_size
         guided = 2 if sampling.guidance_scale != 1 else 1
         return 4 * (guided * numbers + 3 * self.image_tokenizer.image_size**2 * 8)
 

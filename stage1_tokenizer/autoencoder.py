@@ -13,7 +13,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, read_config
+from common.config import Config, Origin, read_config
 from common.errors import InputError
 from common.weights import find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Bottlenecked, HierarchyConfig, VQEMAConfig, build_bottleneck
@@ -32,16 +32,6 @@ def _trunk_kind(trunk: Any) -> str:
 AnyTrunkConfig = Annotated[
     Annotated[TrunkConfig, Tag("convolutional")] | Annotated[DVAETrunkConfig, Tag("dvae")], Discriminator(_trunk_kind)
 ]
-
-
-class Origin(Config):
-    """Where converted weights come from."""
-
-    family: str  # that `tessera convert` was told
-    project: str  # that published them
-    files: tuple[str, ...]  # their names
-    code_licence: str
-    weights_licence: str
 
 
 class AutoencoderConfig(Config):

@@ -1,14 +1,23 @@
 """The contract of a prior: a distribution over an image's codes given a condition.
 
 Letters: B batch, P prefix, T codes per image (Q·h·w, row by row, the codebooks of a position together), K codebook
-size, E width. A prefix is whatever stands for the condition, one row an image: for the GPT, text ids (B, P) int64.
+size, E width. A prefix is whatever stands for the condition, one row an image: for the GPT, text ids (B, P) int64; for
+a prior that reads another model's features, those (B, P, ...).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor, nn
+
+from common.config import Config, Origin
+from common.errors import InputError
+from common.text import TextTokenizer
+from common.weights import save_pretrained
 
 
 def flatten_codes(codes: Tensor) -> Tensor:
@@ -30,11 +39,32 @@ class Cache(ABC):
         """The cache whose row i is this one's row `rows[i]`, (N,) int64."""
 
 
+class PriorConfig(Config):
+    """What the config of every prior says; each adds its `type` and its sizes."""
+
+    codebook_size: int = Field(1024, ge=2)  # K
+    code_shape: tuple[int, int, int] = (1, 16, 16)  # Q, h, w of an image
+    image_tokenizer_fingerprint: str = ""  # of the codes and the text it was trained on
+    text_tokenizer_fingerprint: str = ""
+    origin: Origin | None = None  # of converted weights; null for those trained here
+
+
 class Prior(nn.Module, ABC):
+    config: PriorConfig
+    text_tokenizer: TextTokenizer | None
     code_shape: tuple[int, int, int]  # Q, h, w
+    num_codebooks: int  # Q
     length: int  # T
     codebook_size: int  # K
     prefix_length: int  # P
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+    ) -> None:
+        """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
+        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
+        if self.text_tokenizer is not None:
+            self.text_tokenizer.save_into(folder)
 
     @abstractmethod
     def prefix(self, text: Sequence[str]) -> Tensor:
@@ -42,7 +72,11 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def null_prefix(self, rows: int) -> Tensor:
-        """The prefix of no condition at all, (rows, P): what guidance steers away from."""
+        """The prefix of no condition at all, (rows, P)."""
+
+    def unconditional(self, prefix: Tensor) -> Tensor:
+        """What guidance steers away from: one prefix for all of `prefix` (R, P), or one for each of its rows."""
+        return self.null_prefix(1).to(prefix.device)
 
     @abstractmethod
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
@@ -55,3 +89,18 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """The codes (N,) just drawn -> logits of the next ones (N, K); the cache grows by one position."""
+
+    @abstractmethod
+    def cache_numbers(self) -> int:
+        """How many numbers the cache of one whole sequence holds."""
+
+
+def prompt_tokens(tokenizer: TextTokenizer | None, text: Sequence[str], room: int) -> list[list[int]]:
+    """The ids of each text. Raises InputError when there is no tokenizer, or a text has more than `room`."""
+    if tokenizer is None:
+        raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
+    tokens = [tokenizer.encode(one) for one in text]
+    for ids in tokens:
+        if len(ids) > room:
+            raise InputError(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
+    return tokens

@@ -14,6 +14,7 @@ from common.text import PAD
 from stage2_prior.codes import Codes
 from stage2_prior.load import load_prior
 from stage2_prior.sampling.settings import guide
+from stage2_prior.transformer import GPTPrior
 
 
 @torch.inference_mode()
@@ -33,7 +34,7 @@ def evaluate(
             f"the prior in {model} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, {codes} holds "
             f"codes of {source.meta.tokenizer_fingerprint}; encode the pictures with the prior's own tokenizer"
         )
-    assert prior.text_tokenizer is not None
+    assert isinstance(prior, GPTPrior) and prior.text_tokenizer is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior.to(device)
     captioned, alone, guided = (torch.zeros(prior.num_codebooks, dtype=torch.float64) for _ in range(3))

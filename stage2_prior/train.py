@@ -118,6 +118,7 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> 
         )
         return GPTPrior(config, text_tokenizer)
     prior = load_prior(recipe.prior, text_tokenizer)
+    assert isinstance(prior, GPTPrior)
     if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
             f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "

@@ -10,7 +10,6 @@ full attention everywhere, normalised queries and keys (Henry et al. 2020), root
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,20 +18,15 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.config import Config
-from common.errors import InputError
 from common.text import PAD, START, TextTokenizer
-from common.weights import save_pretrained
-from stage2_prior.base import Cache, Prior
+from stage2_prior.base import Cache, Prior, PriorConfig, prompt_tokens
 from stage2_prior.depth import DepthHead
 
 PLAIN_UP_TO = 512  # positions
 
 
-class GPTConfig(Config):
+class GPTConfig(PriorConfig):
     type: Literal["gpt"] = "gpt"
-    codebook_size: int = Field(1024, ge=2)  # K
-    code_shape: tuple[int, int, int] = (1, 16, 16)  # Q, h, w of an image
     text_vocab_size: int = Field(4096, ge=3)  # V
     text_length: int = Field(64, ge=2)  # P, <start> included
     dim: int = Field(512, ge=8)  # E
@@ -40,8 +34,6 @@ class GPTConfig(Config):
     num_heads: int = Field(8, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    image_tokenizer_fingerprint: str = ""  # of the codes and the text it was trained on
-    text_tokenizer_fingerprint: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> "GPTConfig":
@@ -76,6 +68,8 @@ class KeyValueCache(Cache):
 
 
 class GPTPrior(Prior):
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
         self.config, self.text_tokenizer = config, text_tokenizer
@@ -93,26 +87,11 @@ class GPTPrior(Prior):
         for embedding in (self.text_embedding, self.code_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
-    ) -> None:
-        """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
-        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
-        if self.text_tokenizer is not None:
-            self.text_tokenizer.save_into(folder)
-
     # Conditions ------------------------------------------------------------------------------------------------------
 
     def prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64: <start>, the tokens, <pad> up to P. Raises InputError when a text is too long."""
-        if self.text_tokenizer is None:
-            raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
-        tokens = [self.text_tokenizer.encode(one) for one in text]
-        room = self.prefix_length - 1
-        for ids in tokens:
-            if len(ids) > room:
-                raise InputError(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
-        return self.pad(tokens)
+        return self.pad(prompt_tokens(self.text_tokenizer, text, self.prefix_length - 1))
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.pad([[]] * rows)
@@ -156,6 +135,10 @@ class GPTPrior(Prior):
         empty = self.text_embedding.weight.new_zeros(shape)
         cache = KeyValueCache(empty, torch.zeros_like(empty), 0, empty[0, :, 0, 0], prefix[:, :0])
         return self._advance(self._embed_text(prefix), cache), cache
+
+    def cache_numbers(self) -> int:
+        positions = self.prefix_length + self.length // self.num_codebooks
+        return 2 * self.config.depth * positions * self.config.dim
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         assert isinstance(cache, KeyValueCache)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from common.checkpoints import Weights
+from common.config import Origin
 from common.errors import InputError
-from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig, Origin
+from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.bottlenecks import BottleneckConfig
 from stage1_tokenizer.convolutions import TrunkConfig
 

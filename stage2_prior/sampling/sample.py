@@ -33,8 +33,9 @@ def sample(
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(seeds) // len(prefix))
     guided = sampling.guidance_scale != 1
     if guided:
-        prefix = torch.cat([prefix, prior.null_prefix(1).to(prefix.device)])
-        rows = torch.cat([rows, torch.full_like(rows, len(prefix) - 1)])
+        nulls = prior.unconditional(prefix)
+        rows = torch.cat([rows, len(prefix) + rows % len(nulls)])  # one null for all prefixes, or each its own
+        prefix = torch.cat([prefix, nulls])
 
     logits, cache = prior.prefill(prefix, prior.length - 1)
     logits, cache = logits[rows], cache.repeat(rows)  # (N, K), or (2N, K) with the unconditional rows below
