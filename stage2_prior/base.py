@@ -8,6 +8,7 @@ a prior that reads another model's features, those (B, P, ...).
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -49,6 +50,11 @@ class PriorConfig(Config):
     origin: Origin | None = None  # of converted weights; null for those trained here
 
 
+class Predictions(NamedTuple):
+    text: Tensor | None  # (B, P - 1, V) logits of the text tokens after the first; None where text is not predicted
+    codes: Tensor  # (B, T, K) logits of the image codes
+
+
 class Prior(nn.Module, ABC):
     config: PriorConfig
     text_tokenizer: TextTokenizer | None
@@ -81,6 +87,10 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
         """Teacher-forced: prefix (B, P), codes (B, T) -> logits (B, T, K); logits t depend on codes before t only."""
+
+    def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
+        """Teacher-forced logits of the text, where the prior has a say on it, and of the codes: as `forward`."""
+        return Predictions(None, self(prefix, codes))
 
     @abstractmethod
     def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, Cache]:

@@ -44,6 +44,7 @@ def evaluate(
         captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
         prefix = prior.pad([prior.text_tokenizer.encode(caption) for caption in captions])  # (B, P)
         predictions = prior.predict(prefix, rows)
+        assert predictions.text is not None
         unconditional = prior(prior.null_prefix(len(rows)), rows)
         captioned += by_depth(predictions.codes, rows, prior.num_codebooks)
         alone += by_depth(unconditional, rows, prior.num_codebooks)

@@ -10,7 +10,7 @@ from common.text import FILE, TextTokenizer
 from common.weights import find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
 
-KINDS = ("gpt",)
+KINDS = ("gpt", "mindalle", "rudalle")
 
 
 class Tagged(BaseModel):
@@ -51,5 +51,13 @@ def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
             from stage2_prior.transformer import GPTConfig, GPTPrior
 
             return GPTConfig, GPTPrior
+        case "mindalle":
+            from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
+
+            return MinDALLEConfig, MinDALLEPrior
+        case "rudalle":
+            from stage2_prior.rudalle import RuDALLEConfig, RuDALLEPrior
+
+            return RuDALLEConfig, RuDALLEPrior
         case _:
             raise InputError(f"{where}: '{kind}' is not a type of prior{nearest(kind, list(KINDS))}")

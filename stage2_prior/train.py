@@ -57,6 +57,7 @@ class Objective(nn.Module):
 
     def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         predictions = self.prior.predict(prefix, codes)
+        assert predictions.text is not None
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
         # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.

@@ -10,7 +10,7 @@ full attention everywhere, normalised queries and keys (Henry et al. 2020), root
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.text import PAD, START, TextTokenizer
-from stage2_prior.base import Cache, Prior, PriorConfig, prompt_tokens
+from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
 from stage2_prior.depth import DepthHead
 
 PLAIN_UP_TO = 512  # positions
@@ -40,11 +40,6 @@ class GPTConfig(PriorConfig):
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
         return self
-
-
-class Predictions(NamedTuple):
-    text: Tensor  # (B, P - 1, V) logits of the text tokens after <start>
-    codes: Tensor  # (B, T, K) logits of the image codes
 
 
 class KeyValueCache(Cache):

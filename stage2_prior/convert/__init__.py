@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
 
-FAMILIES: tuple[str, ...] = ()
+FAMILIES = ("mindalle", "rudalle")
 
 __all__ = ["FAMILIES", "Converted", "convert"]
 
@@ -39,5 +39,13 @@ def convert(family: str, sources: Sequence[str | Path], settings: Mapping[str, o
 def _module(family: str) -> ModuleType:
     """The file of a family, with `PUBLISHED` and `convert(sources, settings) -> Converted`."""
     match family:
+        case "mindalle":
+            from stage2_prior.convert import mindalle
+
+            return mindalle
+        case "rudalle":
+            from stage2_prior.convert import rudalle
+
+            return rudalle
         case _:
             raise InputError(f"'{family}' is not a family of priors{nearest(family, list(FAMILIES))}")
