@@ -21,9 +21,10 @@ from common.errors import InputError
 from common.text import TextTokenizer
 from common.weights import save_pretrained
 
-
-Condition = Literal["text", "class", "segmentation"]
-CONDITIONS: dict[Condition, str] = {"text": "text", "class": "class labels", "segmentation": "segmentation maps"}
+Condition = Literal["text", "class", "segmentation", "none"]
+CONDITIONS: dict[Condition, str] = {
+    "text": "text", "class": "class labels", "segmentation": "segmentation maps", "none": "no condition"
+}  # fmt: skip
 
 
 def flatten_codes(codes: Tensor) -> Tensor:
@@ -88,19 +89,19 @@ class Prior(nn.Module, ABC):
     ) -> Tensor:
         """The prefix of each text, of each class label, or of the codes (B, Q, h, w) of each segmentation map: (B, P).
 
-        Raises InputError unless what is given is one condition, of the kind that the prior was trained on and that it
-        has room for.
+        Of a prior that was trained without any, the one prefix that there is, (1, P). Raises InputError unless what is
+        given is one condition, of the kind that the prior was trained on and that it has room for.
         """
-        given = [name for name, value in zip(CONDITIONS, (text, classes, segmentation), strict=True) if value is not None]
+        values: dict[Condition, object] = {"text": text, "class": classes, "segmentation": segmentation}
+        given = [name for name, value in values.items() if value is not None] or ["none"]
         if given != [self.condition]:
-            wrong = " and ".join(CONDITIONS[name] for name in given) or "nothing"
+            wrong = " and ".join(CONDITIONS[name] for name in given)
             raise InputError(f"this prior draws from {CONDITIONS[self.condition]} and was given {wrong}")
         if text is not None:
             return self.text_prefix(text)
         if classes is not None:
             return self.class_prefix(classes)
-        assert segmentation is not None
-        return self.segmentation_prefix(segmentation)
+        return self.null_prefix(1) if segmentation is None else self.segmentation_prefix(segmentation)
 
     # Of these three a prior has the one that its `condition` names.
 

@@ -96,7 +96,9 @@ class ConditionedPrior(Prior):
         shape, size = self.config.segmentation_code_shape, self.config.segmentation_codebook_size
         assert shape is not None and size is not None
         if segmentation.ndim != 4 or segmentation.shape[1:] != shape:
-            raise InputError(f"the codes of a map must be (B, {', '.join(map(str, shape))}), got {list(segmentation.shape)}")
+            raise InputError(
+                f"the codes of a map must be (B, {', '.join(map(str, shape))}), got {list(segmentation.shape)}"
+            )
         if segmentation.numel() and not 0 <= int(segmentation.min()) <= int(segmentation.max()) < size:
             raise InputError(
                 f"the codes of a map must be in [0, {size}), got {int(segmentation.min())} to {int(segmentation.max())}"

@@ -20,7 +20,6 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.errors import InputError
 from common.text import TextTokenizer
 from stage2_prior.base import Cache, Condition, Prior, PriorConfig, class_labels
 from stage2_prior.blocks import KeyValues

@@ -209,7 +209,9 @@ class ConditionReader(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.prefix_vocab_size, config.dim)
-        self.text_position = nn.Parameter(torch.zeros(config.text_length if config.condition == "text" else 0, config.dim))
+        self.text_position = nn.Parameter(
+            torch.zeros(config.text_length if config.condition == "text" else 0, config.dim)
+        )
         text_depth = config.text_depth if config.condition == "text" else 0
         self.blocks = nn.ModuleList(
             Block(config.dim, config.num_heads, 4 * config.dim, "gelu") for _ in range(text_depth)
