@@ -60,7 +60,7 @@ class Codes:
     """All codes of a folder, in memory."""
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / META).is_file():
             raise InputError(f"{folder} has no {META}; write the codes with tessera encode")
         self.meta = validate(CodesMeta, json.loads((folder / META).read_text()), where=str(folder / META))

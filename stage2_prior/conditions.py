@@ -12,6 +12,7 @@ Letters: B batch, P prefix, Q codebooks of the map's tokenizer, K its codebook s
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +21,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.text import PAD, START, TextTokenizer
 from stage2_prior.base import Condition, Prior, PriorConfig, class_labels, flatten_codes, prompt_tokens
+from stage2_prior.codes import Codes, CodesBatch
 
 
 class ConditionedConfig(PriorConfig):
@@ -66,6 +68,38 @@ class ConditionedConfig(PriorConfig):
         return len(self.class_names) if self.condition == "class" else 0
 
 
+def condition_of(kind: Condition, source: Codes, text_tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    """What a config says of its condition, for a prior that is trained on these codes.
+
+    Raises InputError when they lack the condition, or there is no tokenizer for a text.
+    """
+    meta, said = source.meta, {"condition": kind}
+    match kind:
+        case "text":
+            if text_tokenizer is None:
+                raise InputError("a prior of text needs text_tokenizer; name its folder, or choose another condition")
+            fingerprint = text_tokenizer.fingerprint
+            return said | {"text_vocab_size": text_tokenizer.vocab_size, "text_tokenizer_fingerprint": fingerprint}
+        case "class":
+            if not meta.class_names:
+                raise InputError(
+                    f"the codes in {source.folder} have no labels; give every picture a 'label' in its metadata and encode again"
+                )
+            return said | {"class_names": meta.class_names}
+        case "segmentation":
+            if meta.segmentation is None:
+                raise InputError(
+                    f"{source.folder} has no codes of segmentation maps; encode with a segmentation_tokenizer"
+                )
+            return said | {
+                "segmentation_codebook_size": meta.segmentation.codebook_size,
+                "segmentation_code_shape": meta.segmentation.code_shape,
+                "segmentation_tokenizer_fingerprint": meta.segmentation.tokenizer_fingerprint,
+            }
+        case "none":
+            return said
+
+
 class ConditionedPrior(Prior):
     """A prior whose prefix is a row of ids (B, P) int64."""
 
@@ -87,6 +121,20 @@ class ConditionedPrior(Prior):
         room = self.prefix_length - 1
         rows = [[START, *ids[:room], *[PAD] * (room - len(ids))] for ids in tokens]
         return torch.tensor(rows, dtype=torch.int64, device=self._device).view(-1, self.prefix_length)
+
+    def batch_prefix(self, batch: CodesBatch) -> Tensor:
+        """The prefixes of pictures as they come from disk, (B, P); a caption that is too long is cut off."""
+        match self.condition:
+            case "text":
+                assert self.text_tokenizer is not None
+                return self.pad([self.text_tokenizer.encode(caption) for caption in batch.captions])
+            case "class":
+                return self.class_prefix(batch.labels)
+            case "segmentation":
+                assert batch.segmentation is not None
+                return self.segmentation_prefix(batch.segmentation)
+            case "none":
+                return self.null_prefix(len(batch.codes))
 
     def class_prefix(self, classes: Sequence[int]) -> Tensor:
         return class_labels(classes, len(self.config.class_names), self._device)

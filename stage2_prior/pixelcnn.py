@@ -24,6 +24,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from common.config import Config
 from common.text import PAD, TextTokenizer
 from stage2_prior.base import Cache
 from stage2_prior.blocks import Block
@@ -31,8 +32,11 @@ from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
 
 
-class PixelCNNConfig(ConditionedConfig):
+class PixelCNNSize(Config):
+    """What a recipe chooses about the model; the rest follows from the codes and the condition."""
+
     type: Literal["pixelcnn"] = "pixelcnn"
+    text_length: int = Field(64, ge=2)  # P of a text, <start> included; longer captions are cut off in training
     dim: int = Field(128, ge=8)  # E, feature maps
     depth: int = Field(12, ge=1)  # gated layers
     kernel_size: int = Field(5, ge=3)  # 2m + 1
@@ -41,12 +45,16 @@ class PixelCNNConfig(ConditionedConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "PixelCNNConfig":
+    def _consistent(self) -> "PixelCNNSize":
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
         return self
+
+
+class PixelCNNConfig(ConditionedConfig, PixelCNNSize):
+    type: Literal["pixelcnn"] = "pixelcnn"
 
 
 class GridCache(Cache):

@@ -1,11 +1,11 @@
-"""Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
+"""Trains a prior on codes: `tessera train prior RECIPE.yaml` (the GPT: Ramesh et al. 2021, section 2.2)."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_recipe
@@ -13,28 +13,43 @@ from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
-from stage2_prior.base import unflatten_codes
+from stage2_prior.base import Condition, unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
-from stage2_prior.load import load_prior
-from stage2_prior.sampling import Sampling, sample
+from stage2_prior.conditions import ConditionedPrior, condition_of
+from stage2_prior.load import load_prior, prior_kind
+from stage2_prior.pixelcnn import PixelCNNSize
 from stage2_prior.presets import with_preset
-from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
+from stage2_prior.sampling import Sampling, sample
+from stage2_prior.transformer import GPTPrior, GPTSize
+
+
+def _type(size: Any) -> str:
+    """The tag of a model; the GPT is meant where it is left out."""
+    return size.get("type", "gpt") if isinstance(size, dict) else getattr(size, "type", "gpt")
+
+
+AnySize = Annotated[
+    Annotated[GPTSize, Tag("gpt")] | Annotated[PixelCNNSize, Tag("pixelcnn")],
+    Discriminator(_type),
+    BeforeValidator(with_preset),
+]
 
 
 class PriorRecipe(Config):
     codes: Path  # written by tessera encode
-    text_tokenizer: Path
+    condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
+    text_tokenizer: Path | None = None  # for a condition of text
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: Annotated[GPTSize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
+    model: AnySize = GPTSize()  # `type: pixelcnn` for a PixelCNN; `preset: NAME` gives what is not named of a GPT
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
-    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
     pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
     # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
     order_annealing: tuple[float, float] = (1.0, 1.0)
     activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
-    prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
+    prompts: tuple[str, ...] = ()  # of the sample pictures; by default conditions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
@@ -43,6 +58,10 @@ class PriorRecipe(Config):
     def _consistent(self) -> "PriorRecipe":
         if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
             raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
+        if self.prompts and self.condition != "text":
+            raise ValueError(f"prompts are texts, and a prior of condition '{self.condition}' reads none")
+        if self.activation_checkpointing and self.model.type != "gpt":
+            raise ValueError("activation_checkpointing is for a model of type gpt")
         return self
 
 
@@ -53,16 +72,17 @@ class Objective(nn.Module):
     prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: GPTPrior, pkeep: float = 1.0) -> None:
+    def __init__(self, prior: ConditionedPrior, pkeep: float = 1.0) -> None:
         super().__init__()
         self.prior, self.pkeep = prior, pkeep
 
     def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
-        predictions = self.prior.predict(prefix, read, order)
-        assert predictions.text is not None
+        predictions = self.prior.predict(prefix, read, *(() if order is None else (order,)))
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
+        if predictions.text is None:
+            return image.new_zeros(()), image
         # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
         said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
         targets = prefix[:, 1:].masked_fill(~said, -100)
@@ -93,7 +113,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains the prior of a recipe, or goes on with it; returns the folder of the result."""
     recipe = read_recipe(PriorRecipe, recipe_path, overrides)
     codes = Codes(recipe.codes)
-    text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
+    text_tokenizer = None
+    if recipe.condition == "text" and recipe.text_tokenizer is not None:
+        text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
     image_tokenizer = _image_tokenizer(recipe, codes)
     torch.manual_seed(recipe.run.seed)
     prior = _prior(recipe, codes, text_tokenizer)
@@ -104,49 +126,61 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
-    prior.activation_checkpointing = recipe.activation_checkpointing
+    if isinstance(prior, GPTPrior):
+        prior.activation_checkpointing = recipe.activation_checkpointing
+    says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
+    text_weight = recipe.text_weight if says_text else 0.0
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
     for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
-        texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
+        prefix = torch.where(dropped[:, None], prior.null_prefix(1), prior.batch_prefix(batch))  # (B, P)
         order = None
-        if prior.config.order == "random":
+        if isinstance(prior, GPTPrior) and prior.config.order == "random":
             share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)
             order = random_order(len(prefix), prior.length // prior.num_codebooks, share, run.device)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device), order)
         image_loss = (depth_weights * depth_losses).sum()
-        loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
+        loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(loss=loss, text=text_loss, image=depth_losses.mean(), first=depth_losses[0])
+        run.log(
+            loss=loss, image=depth_losses.mean(), first=depth_losses[0], **({"text": text_loss} if says_text else {})
+        )
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
-            assert isinstance(exported, GPTPrior)
+            assert isinstance(exported, ConditionedPrior)
             exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
                 _sample(run, exported, image_tokenizer.to(run.device), recipe, codes)
     return folder
 
 
-def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> GPTPrior:
+def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> ConditionedPrior:
     """A new prior for the codes, or the one that the recipe goes on from."""
+    condition = condition_of(recipe.condition, codes, text_tokenizer)
     if recipe.prior is None:
-        config = GPTConfig(
-            codebook_size=codes.meta.codebook_size,
-            code_shape=codes.meta.code_shape,
-            text_vocab_size=text_tokenizer.vocab_size,
-            image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
-            text_tokenizer_fingerprint=text_tokenizer.fingerprint,
-            **recipe.model.model_dump(),
-        )
-        return GPTPrior(config, text_tokenizer)
+        own = {
+            "codebook_size": codes.meta.codebook_size,
+            "code_shape": codes.meta.code_shape,
+            "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
+        }
+        config, model = prior_kind(recipe.model.type, "model")
+        new = model(config.model_validate(own | condition | recipe.model.model_dump()), text_tokenizer)
+        assert isinstance(new, ConditionedPrior)
+        return new
     prior = load_prior(recipe.prior, text_tokenizer)
-    assert isinstance(prior, GPTPrior)
+    if not isinstance(prior, ConditionedPrior):
+        raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
+    different = [key for key, value in condition.items() if getattr(prior.config, key) != value]
+    if different:
+        raise InputError(
+            f"the prior in {recipe.prior} has another {different[0]} than this recipe and its codes; go on with the "
+            "condition that it was trained with"
+        )
     if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
             f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
@@ -171,9 +205,16 @@ def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:
     return tokenizer
 
 
-def _sample(run: Run, prior: GPTPrior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
+def _sample(run: Run, prior: ConditionedPrior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
     """A picture for each of the prompts, the same seeds every time."""
-    prompts = recipe.prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
-    drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), recipe.sampling)
+    rows = range(0, len(codes), -(-len(codes) // 16))
+    captions = [(codes.captions[i] or ("",))[0] for i in rows]
+    if recipe.prompts:
+        prefix, labels = prior.prefix(recipe.prompts), list(recipe.prompts)
+    else:
+        prefix, labels = prior.batch_prefix(codes.batch(rows, captions)), captions
+        if prior.condition == "class":
+            labels = [codes.meta.class_names[codes.labels[i]] for i in rows]
+    drawn = sample(prior, prefix, range(len(labels)), recipe.sampling)
     images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
-    run.save_pictures("samples", images, list(prompts))
+    run.save_pictures("samples", images, labels)

@@ -4,7 +4,8 @@ Letters: B batch, P text positions, Q codebooks, S = h·w image positions, T = S
 size, V text vocabulary, E width. A position of the image holds its Q codes: the trunk reads the sum of their embeddings
 and a head (`depth.py`) draws them one after the other.
 Text starts with <start> and is filled up with <pad>, which with its position makes DALL·E's padding token of that
-position. Text is predicted too, so log p(text) and log p(image | text) both exist. Deliberate differences from DALL·E,
+position. Text is predicted too, so log p(text) and log p(image | text) both exist; other conditions (`conditions.py`:
+a class, a segmentation map, none) stand in its place and are not predicted. Deliberate differences from DALL·E,
 each with the config's defaults: full attention everywhere, normalised queries and keys (Henry et al. 2020),
 root-mean-square norms, no biases.
 
@@ -13,8 +14,6 @@ an embedding which position it is to foretell: such a prior can fill what is mis
 (`infill.py`). Codes and logits stay in the places of the grid, whatever the order.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -25,17 +24,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.config import Config
-from common.text import PAD, START, TextTokenizer
+from common.text import PAD, TextTokenizer
 from stage2_prior.attention import Attention, KeyValueCache, View
-from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
+from stage2_prior.base import Cache, Predictions
+from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
 from stage2_prior.patterns import Pattern, arrangement, visible
 from stage2_prior.positions import rotation
 
 
 class GPTSize(Config):
-    """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
+    """What a recipe chooses about the model; the rest follows from the codes and the condition."""
 
+    type: Literal["gpt"] = "gpt"
     text_length: int = Field(64, ge=2)  # P, <start> included; longer captions are cut off in training
     dim: int = Field(512, ge=8)  # E
     depth: int = Field(12, ge=1)
@@ -65,24 +66,20 @@ class GPTSize(Config):
         return self
 
 
-class GPTConfig(PriorConfig, GPTSize):
+class GPTConfig(ConditionedConfig, GPTSize):
     type: Literal["gpt"] = "gpt"
-    text_vocab_size: int = Field(4096, ge=3)  # V
 
 
-class GPTPrior(Prior):
+class GPTPrior(ConditionedPrior):
     config: GPTConfig
     activation_checkpointing = False  # in training, blocks are computed again on the way back instead of remembered
 
     def __init__(self, config: GPTConfig, text_tokenizer: TextTokenizer | None = None) -> None:
-        super().__init__()
-        self.config, self.text_tokenizer = config, text_tokenizer
-        self.code_shape, self.length = config.code_shape, math.prod(config.code_shape)
-        self.codebook_size, self.prefix_length = config.codebook_size, config.text_length
-        self.num_codebooks, height, width = config.code_shape
-        self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
+        super().__init__(config, text_tokenizer)
+        _, height, width = config.code_shape
+        self.text_embedding = nn.Embedding(config.prefix_vocab_size, config.dim)  # or of what stands in its place
         if config.positions == "learned":
-            self.text_position = nn.Parameter(torch.randn(config.text_length, config.dim) * 0.02)
+            self.text_position = nn.Parameter(torch.randn(self.prefix_length, config.dim) * 0.02)
         self.code_embedding = nn.Embedding(self.num_codebooks * config.codebook_size, config.dim)
         if config.positions == "learned":
             self.row_position = nn.Parameter(torch.randn(height, 1, config.dim) * 0.02)
@@ -97,22 +94,6 @@ class GPTPrior(Prior):
         for embedding in (self.text_embedding, self.code_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    # Conditions ------------------------------------------------------------------------------------------------------
-
-    def text_prefix(self, text: Sequence[str]) -> Tensor:
-        """Texts -> (B, P) int64: <start>, the tokens, <pad> up to P. Raises InputError when a text is too long."""
-        return self.pad(prompt_tokens(self.text_tokenizer, text, self.prefix_length - 1))
-
-    def null_prefix(self, rows: int) -> Tensor:
-        return self.pad([[]] * rows)
-
-    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids -> (B, P) int64 on the prior's device; what does not fit is cut off."""
-        room = self.prefix_length - 1
-        rows = [[START, *ids[:room], *[PAD] * (room - len(ids))] for ids in tokens]
-        device = self.text_embedding.weight.device
-        return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, self.prefix_length)
-
     # Training --------------------------------------------------------------------------------------------------------
 
     def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> Tensor:
@@ -122,8 +103,9 @@ class GPTPrior(Prior):
 
     def predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> Predictions:
         """Teacher-forced logits of text and codes alike: prefix (B, P), codes (B, T) int64."""
-        x = self._trunk(prefix, codes, order)
-        text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
+        x, text = self._trunk(prefix, codes, order), None
+        if self.condition == "text":
+            text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
         return Predictions(text, self._code_logits(x, codes, order))
 
     def _trunk(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Tensor:
@@ -228,12 +210,12 @@ class GPTPrior(Prior):
 
     def _said(self, prefix: Tensor) -> Tensor | None:
         """Text positions that others may see, (B, P) bool; None for all."""
-        return prefix != PAD if self.config.padding == "masked" else None
+        return prefix != PAD if self.config.padding == "masked" and self.condition == "text" else None
 
     def _views(self, first: int, last: int, said: Tensor | None, order: Tensor | None) -> list[View]:
         """How the positions from `first` to `last` look at the sequence, layer by layer."""
         config, device = self.config, self.text_embedding.weight.device
-        (_, *grid), text = config.code_shape, config.text_length
+        (_, *grid), text = config.code_shape, self.prefix_length
         height, width = grid
         turned = None
         if config.positions != "learned":

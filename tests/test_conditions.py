@@ -7,12 +7,15 @@ import torch
 
 from common.errors import InputError
 from common.text import TextTokenizer
-from stage2_prior import Sampling, load_prior, sample
+from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 from stage2_prior.sampling.settings import guide
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心"]
-KINDS = {"pixelcnn": (PixelCNNConfig, PixelCNNPrior, {"dim": 16, "depth": 3, "kernel_size": 3, "num_heads": 2})}
+KINDS = {
+    "gpt": (GPTConfig, GPTPrior, {"dim": 16, "depth": 2, "num_heads": 2, "positions": "rotary-2d"}),
+    "pixelcnn": (PixelCNNConfig, PixelCNNPrior, {"dim": 16, "depth": 3, "kernel_size": 3, "num_heads": 2}),
+}
 CONDITIONS = ["text", "class", "segmentation", "none"]
 
 
@@ -135,7 +138,9 @@ def test_saved_and_loaded_is_the_same_prior(prior, tmp_path):
     assert torch.equal(again(prefix, codes), prior(prefix, codes))
 
 
-def test_the_cache_is_as_large_as_it_says(prior):
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_the_cache_of_a_pixelcnn_is_as_large_as_it_says(name):
+    prior = make("pixelcnn", name, (2, 3, 4))
     _, cache = prior.prefill(prefixes(prior)[:1], prior.length - 1)
     tensors = [value for value in vars(cache).values() if isinstance(value, torch.Tensor) and value.ndim > 2]
     assert sum(math.prod(tensor.shape) for tensor in tensors) == prior.cache_numbers()
