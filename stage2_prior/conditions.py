@@ -83,7 +83,8 @@ def condition_of(kind: Condition, source: Codes, text_tokenizer: TextTokenizer |
         case "class":
             if not meta.class_names:
                 raise InputError(
-                    f"the codes in {source.folder} have no labels; give every picture a 'label' in its metadata and encode again"
+                    f"the codes in {source.folder} have no labels; give every picture a 'label' in the metadata and "
+                    "encode again"
                 )
             return said | {"class_names": meta.class_names}
         case "segmentation":

@@ -78,9 +78,9 @@ def evaluate(
 
 
 def _check_condition(model: str | Path, prior: ConditionedPrior, source: Codes) -> None:
-    """Raises InputError unless the codes have the condition that the prior draws from, with the same classes or maps."""
+    """Raises InputError unless the codes have the condition that the prior draws from, of the same classes or maps."""
     wanted = condition_of(prior.condition, source, prior.text_tokenizer)
-    if any(getattr(prior.config, key) != value for key, value in wanted.items()):
+    if prior.condition != "text" and any(getattr(prior.config, key) != value for key, value in wanted.items()):
         raise InputError(
             f"the prior in {model} was trained with other classes or other codes of maps than {source.folder} has; "
             "encode with the tokenizers and the labels that it was trained with"

@@ -200,7 +200,7 @@ class GatedLayer(nn.Module):
         return below, self.right(horizontal, F.pad(horizontal, (self.side, 0)), link, condition)
 
     def down(self, x: Tensor, seen: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B, E, n, w) and all that they see (B, E, m + n, m + w + m) -> (B, E, n, w), and the link (B, 2E, n, w)."""
+        """Rows (B, E, n, w) and what they see (B, E, m + n, m + w + m) -> (B, E, n, w), and the link (B, 2E, n, w)."""
         mixed = self.vertical(seen)
         return x + gate(mixed + condition.chunk(2, dim=1)[0]), self.link(mixed)
 
@@ -256,7 +256,7 @@ def gate(x: Tensor) -> Tensor:
 
 
 def at(condition: Tensor, row: int, column: int | None = None) -> Tensor:
-    """One row of a condition that is a map, or one position of it, (N, C, 1, w or 1); a condition that is none as it is."""
+    """One row or position of a condition that is a map, (N, C, 1, w or 1); what is no map is the same everywhere."""
     if condition.shape[2:] == (1, 1):
         return condition
     rows = condition[:, :, row : row + 1]
