@@ -16,8 +16,8 @@ from stage1_tokenizer import Autoencoder
 from stage2_prior.base import unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.load import load_prior
-from stage2_prior.sampling import Sampling, sample
 from stage2_prior.presets import with_preset
+from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 
 
@@ -86,7 +86,9 @@ def random_order(rows: int, positions: int, raster_share: float, device: torch.d
 def raster_share(progress: float, annealing: tuple[float, float]) -> float:
     """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
     first, last = annealing
-    return 1.0 if progress >= last else max(0.0, (progress - first) / (last - first))
+    if progress < first:
+        return 0.0
+    return 1.0 if progress >= last else (progress - first) / (last - first)
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
