@@ -1,7 +1,7 @@
 """Filling what is missing from a picture: a prior in random order reads the known codes first and draws the rest.
 
-So every code is drawn with all known ones in view, on both sides. A prior that reads row after row can do the same where
-the known codes come first.
+So every code is drawn with all known ones in view, on both sides. A prior that reads row after row can do the same
+where the known codes come first.
 
 Letters: R prefixes, N images, P prefix, Q codebooks, h w code grid, S = h·w positions, K codebook size.
 """

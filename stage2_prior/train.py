@@ -106,7 +106,9 @@ def random_order(rows: int, positions: int, raster_share: float, device: torch.d
 def raster_share(progress: float, annealing: tuple[float, float]) -> float:
     """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
     first, last = annealing
-    return 1.0 if progress >= last else max(0.0, (progress - first) / (last - first))
+    if progress < first:
+        return 0.0
+    return 1.0 if progress >= last else (progress - first) / (last - first)
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
@@ -146,9 +148,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(
-            loss=loss, image=depth_losses.mean(), first=depth_losses[0], **({"text": text_loss} if says_text else {})
-        )
+        run.log(loss=loss, image=depth_losses.mean(), first=depth_losses[0])
+        if says_text:
+            run.log(text=text_loss)
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module

@@ -30,7 +30,7 @@ from stage2_prior.base import Cache, Predictions
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
 from stage2_prior.patterns import Pattern, arrangement, visible
-from stage2_prior.positions import rotation
+from stage2_prior.positions import Axes, rotation
 
 
 class GPTSize(Config):
@@ -219,7 +219,7 @@ class GPTPrior(ConditionedPrior):
         height, width = grid
         turned = None
         if config.positions != "learned":
-            axes = 1 if config.positions == "rotary" else 2
+            axes: Axes = 1 if config.positions == "rotary" else 2
             table = rotation(axes, text, (height, width), config.dim // config.num_heads, device)
             if order is None:
                 turned = table.slice(first, last)

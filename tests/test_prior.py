@@ -20,7 +20,7 @@ PRIORS = {
     "one codebook": {"code_shape": (1, 3, 4)},
     "three codebooks": {"code_shape": (3, 2, 2)},
     "rotary, swiglu, plain queries": {"positions": "rotary", "mlp": "swiglu", "qk_norm": False},
-    "rotary in two dimensions, hidden padding": {"positions": "rotary-2d", "padding": "masked", "code_shape": (2, 2, 3)},
+    "rotary 2d, hidden padding": {"positions": "rotary-2d", "padding": "masked", "code_shape": (2, 2, 3)},
     "DALL·E's patterns": {"attention": "dalle", "depth": 4, "convolution_kernel": 3, "code_shape": (1, 3, 4)},
     "patterns, codebooks, hidden padding": {"attention": ("convolution", "column", "row"), "convolution_kernel": 3,
                                             "padding": "masked", "positions": "rotary", "code_shape": (2, 3, 2)},
@@ -30,7 +30,7 @@ PRIORS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=PRIORS.values(), ids=PRIORS.keys())
+@pytest.fixture(scope="module", params=list(PRIORS.values()), ids=list(PRIORS))
 def prior(request) -> GPTPrior:
     torch.manual_seed(0)
     tokenizer = TextTokenizer.train(TEXTS, vocab_size=300)
