@@ -91,7 +91,9 @@ class Prior(nn.Module, ABC):
         Raises InputError unless what is given is one condition, of the kind that the prior was trained on and that it
         has room for.
         """
-        given = [name for name, value in zip(CONDITIONS, (text, classes, segmentation), strict=True) if value is not None]
+        given = [
+            name for name, value in zip(CONDITIONS, (text, classes, segmentation), strict=True) if value is not None
+        ]
         if given != [self.condition]:
             wrong = " and ".join(CONDITIONS[name] for name in given) or "nothing"
             raise InputError(f"this prior draws from {CONDITIONS[self.condition]} and was given {wrong}")
