@@ -71,8 +71,15 @@ def bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where:
         return models.BPE(vocab=foreign_vocabulary(vocabulary), merges=list(merges), **options)
     except Exception as error:  # the library raises bare Exception
         raise InputError(
-            f"the merges in {where} do not fit the vocabulary ({error}); give files of one model"
+            f"the merges in {where} do not fit the vocabulary ({error}); give those of one model"
         ) from None
+
+
+def check_vocabulary(tokenizer: TextTokenizer, known: int) -> None:
+    """Raises InputError where a tokenizer has ids that a prior with `known` ones does not know."""
+    own = tokenizer.vocab_size - len(SPECIALS)
+    if own > known:
+        raise InputError(f"the text tokenizer has {own} tokens, the prior knows {known}; give those of one model")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -84,14 +91,14 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """A text file with a pair of tokens a line below its header, the first to be merged first."""
+    """A text file with a pair of tokens a line below `#version`, the first to be merged first."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[1:]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; give a tokenizer's merges") from None
-    pairs = [line.split() for line in lines if line.strip()]
+    pairs = [line.rstrip("\r").split(" ") for line in lines[lines[0].startswith("#version") :] if line.strip()]
     if not all(len(pair) == 2 for pair in pairs):
-        raise InputError(f"{path} must hold two tokens a line below its first; give a tokenizer's merges")
+        raise InputError(f"{path} must hold two tokens a line; give a tokenizer's merges")
     return [(first, second) for first, second in pairs]
 
 
