@@ -93,7 +93,7 @@ class LlamaGenPrior(Prior):
         """The label after all classes; of texts the learned features of no text, none of them padding."""
         if self.config.num_classes is not None:
             return self.code_embedding.weight.new_full((rows, 1), self.config.num_classes, dtype=torch.int64)
-        return F.pad(self.null_features.detach(), (0, 1), value=1.0).repeat(rows, 1, 1)
+        return F.pad(self.null_features.detach().float(), (0, 1), value=1.0).repeat(rows, 1, 1)
 
     def unconditional(self, prefix: Tensor) -> Tensor:
         """Of a text the features of no text, with the text's own padding: so it was trained."""
@@ -184,9 +184,7 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.dim, config.mlp_dim, bias=False)
         self.mlp_out = nn.Linear(config.mlp_dim, config.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, turns: Tensor, mask: Tensor, cache: KeyValues | None = None, layer: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor, cache: KeyValues | None = None, layer: int = 0) -> Tensor:
         """(N, S, E) -> (N, S, E); `turns` (S, d / 2, 2), `mask` (N, 1, S, L)."""
         heads = rearrange(self.qkv(self.attention_norm(x)), "n s (h d) -> n h s d", d=self.head_dim)
         q, k, v = heads.split(self.heads, dim=1)

@@ -39,9 +39,7 @@ class T5Features:
         tokens = self._tokenizer(clean(clean(text)), padding="max_length", max_length=self.length, return_tensors="pt")
         ids, seen = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         if ids.shape[1] > self.length:
-            raise InputError(
-                f"the prompt has {ids.shape[1]} tokens, the prior reads at most {self.length}; shorten it"
-            )
+            raise InputError(f"the prompt has {ids.shape[1]} tokens, the prior reads at most {self.length}; shorten it")
         features = self._encoder(input_ids=ids, attention_mask=seen).last_hidden_state[0].float()  # (P, C)
         count = int(seen.sum())
         return F.pad(F.pad(features[:count], (0, 1), value=1.0), (0, 0, self.length - count, 0))
@@ -57,7 +55,11 @@ class T5Features:
                     tokenizer = AutoTokenizer.from_pretrained(self.name)
                     encoder = T5EncoderModel.from_pretrained(self.name, dtype=dtype).eval()
             except Exception as error:  # offline, unknown, incomplete: a dozen kinds
-                where = "a folder that is not there" if Path(self.name).is_absolute() else "not here, nor did the hub give it"
+                where = (
+                    "a folder that is not there"
+                    if Path(self.name).is_absolute()
+                    else "not here, nor did the hub give it"
+                )
                 where = "a folder without all of its files" if Path(self.name).is_dir() else where
                 raise InputError(
                     f"this prior reads text with the T5 encoder {self.name}, which is {where} ({type(error).__name__}); "

@@ -53,7 +53,9 @@ class TamingConfig(PriorConfig):
                 f"{math.prod(self.code_shape)}"
             )
         if self.looks_ahead > self.prefix_length:
-            raise ValueError(f"looks_ahead must not go beyond the condition, {self.prefix_length}, got {self.looks_ahead}")
+            raise ValueError(
+                f"looks_ahead must not go beyond the condition, {self.prefix_length}, got {self.looks_ahead}"
+            )
         return self
 
     @property

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
 
-FAMILIES = ("mindalle", "rudalle")
+FAMILIES = ("mindalle", "rudalle", "llamagen", "janus", "taming")
 
 __all__ = ["FAMILIES", "Converted", "convert"]
 
@@ -47,5 +47,17 @@ def _module(family: str) -> ModuleType:
             from stage2_prior.convert import rudalle
 
             return rudalle
+        case "llamagen":
+            from stage2_prior.convert import llamagen
+
+            return llamagen
+        case "janus":
+            from stage2_prior.convert import janus
+
+            return janus
+        case "taming":
+            from stage2_prior.convert import taming
+
+            return taming
         case _:
             raise InputError(f"'{family}' is not a family of priors{nearest(family, list(FAMILIES))}")

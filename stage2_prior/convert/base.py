@@ -1,13 +1,14 @@
 """What the converters of priors share."""
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from common.checkpoints import Weights, read_settings
+from common.checkpoints import Weights, need, read_settings
 from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer import Autoencoder
@@ -21,6 +22,7 @@ class Converted(NamedTuple):
     prior: Prior  # in eval mode, with its text tokenizer if it reads text
     image_tokenizer: Autoencoder | None  # None when the sources hold none; then the bundle needs one of ours
     sampling: Sampling = Sampling()  # what its project draws with
+    segmentation_tokenizer: Autoencoder | None = None  # of a prior that draws from segmentation maps
 
 
 def build(
@@ -69,8 +71,15 @@ def bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where:
         return models.BPE(vocab=foreign_vocabulary(vocabulary), merges=list(merges), **options)
     except Exception as error:  # the library raises bare Exception
         raise InputError(
-            f"the merges in {where} do not fit the vocabulary ({error}); give files of one model"
+            f"the merges in {where} do not fit the vocabulary ({error}); give those of one model"
         ) from None
+
+
+def check_vocabulary(tokenizer: TextTokenizer, known: int) -> None:
+    """Raises InputError where a tokenizer has ids that a prior with `known` ones does not know."""
+    own = tokenizer.vocab_size - len(SPECIALS)
+    if own > known:
+        raise InputError(f"the text tokenizer has {own} tokens, the prior knows {known}; give those of one model")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -82,12 +91,34 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """A text file with a pair of tokens a line below its header, the first to be merged first."""
+    """A text file with a pair of tokens a line below `#version`, the first to be merged first."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[1:]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; give a tokenizer's merges") from None
-    pairs = [line.split() for line in lines if line.strip()]
+    pairs = [line.rstrip("\r").split(" ") for line in lines[lines[0].startswith("#version") :] if line.strip()]
     if not all(len(pair) == 2 for pair in pairs):
-        raise InputError(f"{path} must hold two tokens a line below its first; give a tokenizer's merges")
+        raise InputError(f"{path} must hold two tokens a line; give a tokenizer's merges")
     return [(first, second) for first, second in pairs]
+
+
+def one_file(sources: Sequence[Path], what: str, *patterns: str, optional: bool = False) -> Path | None:
+    """The only file of the first of `patterns` that any file among or in `sources` matches.
+
+    Raises InputError when there are several, or when there is none and it is not `optional`; the latter ends with
+    `what`.
+    """
+    for pattern in patterns:
+        found = [path for source in sources for path in _matching(source, pattern)]
+        if len(found) > 1:
+            listed = ", ".join(path.name for path in found)
+            raise InputError(f"{listed} are {len(found)} checkpoints; give the one that is to be converted")
+        if found:
+            return found[0]
+    return None if optional else need(sources, what, *patterns)
+
+
+def _matching(source: Path, pattern: str) -> list[Path]:
+    if source.is_dir():
+        return sorted(path for path in source.glob(pattern) if path.is_file())
+    return [source] if fnmatch(source.name, pattern.rpartition("/")[2]) else []

@@ -17,7 +17,7 @@ from common.errors import InputError
 from common.text import TextTokenizer
 from stage1_tokenizer.convert.mindalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
-from stage2_prior.convert.base import Converted, bpe, build, finished, read_merges, read_vocabulary
+from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished, read_merges, read_vocabulary
 from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
 from stage2_prior.sampling import Sampling
 
@@ -78,10 +78,7 @@ def read(weights: Weights, settings: dict[str, Any], text_tokenizer: TextTokeniz
                 f"config.yaml says {key} {stated[key]}, but {weights.where} has {value}; "
                 "give the files that belong together"
             )
-    if text_tokenizer.vocab_size > text_vocabulary + 3:
-        raise InputError(
-            f"the vocabulary has {text_tokenizer.vocab_size - 3} tokens, the prior knows {text_vocabulary}"
-        )
+    check_vocabulary(text_tokenizer, text_vocabulary)
     side = math.isqrt(length)
     config = MinDALLEConfig(
         codebook_size=codes,
