@@ -1,9 +1,14 @@
 """Checkpoints of other projects: named tensors in safetensors files or torch pickles, read without running any code."""
 
+import os
 import re
 import tarfile
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,51 @@ def find_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
         else:
             raise InputError(f"{source} is neither a file nor a folder; give the checkpoint's path")
     return found
+
+
+def pick(sources: Sequence[Path], *patterns: str) -> Path | None:
+    """The first file of the first of `patterns` that any file matches: by its name, or by its path below a folder."""
+    for pattern in patterns:
+        for source in sources:
+            if source.is_dir():
+                found = sorted(path for path in source.glob(pattern) if path.is_file())
+            else:
+                found = [source] if fnmatch(source.name, pattern.rpartition("/")[2]) else []
+            if found:
+                return found[0]
+    return None
+
+
+def need(sources: Sequence[Path], what: str, *patterns: str) -> Path:
+    """As `pick`. Raises InputError that ends with `what` where there is no such file."""
+    found = pick(sources, *patterns)
+    if found is None:
+        given = ", ".join(str(source) for source in sources)
+        raise InputError(f"there is no {patterns[0].rpartition('/')[2]} in {given}; {what}")
+    return found
+
+
+@contextmanager
+def unpacked(sources: Sequence[Path]) -> Iterator[list[Path]]:
+    """`sources` with a folder of its content in place of each tar archive, for as long as the block runs.
+
+    The folders lie beside their archives where that can be written to, since they can be large.
+    """
+    with ExitStack() as stack:
+        places = []
+        for source in sources:
+            if source.name.endswith((".tar", ".tar.gz", ".tgz")) and source.is_file():
+                beside = source.parent if os.access(source.parent, os.W_OK) else None
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacked.", dir=beside))
+                try:
+                    with tarfile.open(source) as archive:
+                        archive.extractall(folder, filter="data")
+                except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                    raise InputError(f"{source} is not a whole archive ({error}); download it again") from None
+                places.append(Path(folder))
+            else:
+                places.append(source)
+        yield places
 
 
 def read_tensors(paths: Iterable[Path], keep: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -77,6 +127,19 @@ class Weights:
         if name not in self.tensors:
             raise InputError(f"{self.where} lacks the weight '{name}'; give the whole checkpoint of the right family")
         return tuple(self.tensors[name].shape)
+
+    def split(self, name: str, sizes: Sequence[int], names: Sequence[str]) -> None:
+        """Puts slices of the first axis of a tensor, `sizes` long, in its place under `names`."""
+        if self.shape(name)[0] != sum(sizes):
+            raise InputError(f"{self.where}: '{name}' has {self.shape(name)[0]} rows, but {sum(sizes)} were expected")
+        self.tensors |= dict(zip(names, self.tensors.pop(name).split(list(sizes)), strict=True))
+
+    def count(self, name: str) -> int:
+        """How many there are of `name`, which has a `{}` for their number."""
+        number = 0
+        while name.format(number) in self.tensors:
+            number += 1
+        return number
 
     def assemble(self, wanted: dict[str, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Our names and shapes, each from one tensor of the checkpoint or several one after another, as float32.

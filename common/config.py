@@ -19,6 +19,16 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Origin(Config):
+    """Where converted weights come from."""
+
+    family: str  # that `tessera convert` was told
+    project: str  # that published them
+    files: tuple[str, ...]  # their names
+    code_licence: str
+    weights_licence: str
+
+
 C = TypeVar("C", bound=BaseModel)
 
 

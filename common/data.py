@@ -1,7 +1,8 @@
 """Pictures with captions from disk, and the order in which training sees them.
 
 Two layouts are read: Hugging Face's imagefolder (`metadata.jsonl` or `metadata.csv` beside the pictures, with
-`file_name`, `text` and optionally `split` and `weight`), and sidecar captions (`a.jpg` with `a.txt`, a caption a line).
+`file_name`, `text` and optionally `split`, `weight`, `label`, the name or number of a class, and `segmentation`, the
+file of a segmentation map), and sidecar captions (`a.jpg` with `a.txt`, a caption a line).
 
 The order is a pure function of (seed, step), so training resumes at any step and any number of processes sees the
 same global batches. Unreadable pictures are skipped, counted and named, never replaced by others.
@@ -10,12 +11,13 @@ same global batches. Unreadable pictures are skipped, counted and named, never r
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +26,7 @@ from common.errors import InputError, nearest
 from common.images import fit, open_image, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+MOST_CLASSES = 100_000
 
 
 class DataConfig(Config):
@@ -37,6 +40,8 @@ class Item(NamedTuple):
     captions: tuple[str, ...]  # equally true descriptions; may be empty
     weight: float  # how often the picture is drawn, relative to the others
     kind: str  # free label from the metadata, "" when there is none
+    label: str = ""  # name or number of its class, "" when it has none
+    segmentation: Path | None = None  # picture of its segmentation map
 
 
 class Batch(NamedTuple):
@@ -62,6 +67,12 @@ class ImageFolder:
     def image(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
         return to_tensor(fit(open_image(self.items[index].path), self.size))
+
+    def segmentation(self, index: int, size: int) -> Tensor:
+        """The map of a picture that has one, (3, size, size) in [-1, 1]. Raises InputError when the file is broken."""
+        path = self.items[index].segmentation
+        assert path is not None
+        return to_tensor(fit(open_image(path), size, Image.Resampling.NEAREST))
 
     def batch(self, indices: np.ndarray, random: np.random.Generator) -> Batch:
         """The pictures at `indices`, each with one caption drawn by `random`."""
@@ -104,9 +115,7 @@ def _item(folder: Path, where: str, row: dict[str, Any]) -> Item:
     name, text = row.get("file_name"), row.get("text", [])
     if not isinstance(name, str) or not name:
         raise InputError(f"{folder}/metadata, {where}: 'file_name' is missing")
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder}/metadata, {where}: 'file_name' {name} leads out of the folder")
+    path = _inside(folder, where, "file_name", name)
     captions = [text] if isinstance(text, str) else text
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise InputError(f"{folder}/metadata, {where}: 'text' must be a caption or a list of captions")
@@ -116,7 +125,46 @@ def _item(folder: Path, where: str, row: dict[str, Any]) -> Item:
         weight = -1.0
     if not 0 < weight < float("inf"):
         raise InputError(f"{folder}/metadata, {where}: 'weight' must be a number above 0, got {row['weight']!r}")
-    return Item(path, tuple(caption for caption in captions if caption.strip()), weight, str(row.get("kind", "")))
+    label, map_name = row.get("label"), row.get("segmentation")
+    label = "" if label is None else label
+    if not isinstance(label, str | int) or isinstance(label, bool) or isinstance(label, int) and label < 0:
+        raise InputError(f"{folder}/metadata, {where}: 'label' must be a name or a number from 0 on, got {label!r:.40}")
+    if not isinstance(map_name, str | None):
+        raise InputError(f"{folder}/metadata, {where}: 'segmentation' must be the file of a map, got {map_name!r:.40}")
+    return Item(
+        path,
+        tuple(caption for caption in captions if caption.strip()),
+        weight,
+        str(row.get("kind", "")),
+        str(label).strip(),
+        _inside(folder, where, "segmentation", map_name) if map_name else None,
+    )
+
+
+def _inside(folder: Path, where: str, field: str, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder}/metadata, {where}: '{field}' {name} leads out of the folder")
+    return path
+
+
+def class_names(items: Sequence[Item]) -> tuple[str, ...]:
+    """The names of all classes in the order of their numbers: 0, 1, ... where labels are numbers, else the alphabet's.
+
+    Empty where nothing is labelled. Raises InputError when only some of the pictures are.
+    """
+    labels = {item.label for item in items}
+    if "" in labels:
+        if len(labels) > 1:
+            bare = next(item for item in items if not item.label)
+            raise InputError(f"{bare.path} has no label and others have; label all pictures or none")
+        return ()
+    if not all(label.isdecimal() and str(int(label)) == label for label in labels):
+        return tuple(sorted(labels))
+    highest = max(int(label) for label in labels)
+    if highest >= MOST_CLASSES:
+        raise InputError(f"the label {highest} is too high, classes are numbered from 0 on; number them without gaps")
+    return tuple(str(number) for number in range(highest + 1))
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -39,11 +39,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0, 65535) / 257).round().astype(np.uint8))
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
+def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """Scales the shorter side to `size` and cuts the middle square; a picture that fits already is left alone."""
     if image.size == (size, size):
         return image
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (size, size), resample)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -132,6 +132,12 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several are fine.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="JSONL file with more prompts.")] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="Label to draw, in place of text; several are fine.")
+    ] = None,
+    segmentations: Annotated[
+        list[Path] | None, typer.Option("--segmentation", help="Map to draw, a picture of labels; several are fine.")
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option("-n", "--num-images", help="Pictures to keep of each prompt.  [default: 4]")
     ] = None,
@@ -175,16 +181,24 @@ def generate(
 ) -> None:
     """Draw candidates for a prompt and write the best, with a contact sheet of all, as PNG files."""
     from pipelines import generate as generating
+    from pipelines.conditions import ClassLabel, SegmentationMap
 
     if replay is not None:
-        if prompts or prompts_file:
+        if prompts or prompts_file or classes or len(segmentations or []) > 1:
             raise InputError("--replay draws what the picture remembers; leave the prompts out")
-        drawn = generating.replay(replay, output, model=model, device=device, loras=_weighted(loras))
-        _show_replayed(drawn, as_json)
+        segmentation = segmentations[0] if segmentations else None
+        replayed = generating.replay(
+            replay, output, model=model, device=device, segmentation=segmentation, loras=_weighted(loras)
+        )
+        _show_replayed(replayed, as_json)
         return
     texts = [*(prompts or []), *(generating.read_prompts(prompts_file) if prompts_file else [])]
+    texts += [ClassLabel(label) for label in classes or []] + [SegmentationMap(path) for path in segmentations or []]
     if not texts:
-        raise InputError("there is nothing to draw; give a prompt, --prompts FILE.jsonl, or --replay PICTURE.png")
+        raise InputError(
+            "there is nothing to draw; give a prompt, --prompts FILE.jsonl, --class LABEL, --segmentation MAP.png, or "
+            "--replay PICTURE.png"
+        )
     report = generating.generate(
         texts,
         output,
@@ -387,6 +401,8 @@ def check_data(
 
 
 class Convertible(StrEnum):
+    """The image tokenizers and then the priors that can be converted."""
+
     taming_vqgan = "taming-vqgan"
     openai_dvae = "openai-dvae"
     mindalle_vqgan = "mindalle-vqgan"
@@ -395,21 +411,43 @@ class Convertible(StrEnum):
     llamagen_vq = "llamagen-vq"
     janus_vq = "janus-vq"
     diffusers_vq = "diffusers-vq"
+    llamagen = "llamagen"
+    janus = "janus"
+    taming = "taming"
 
 
 @app.command()
 def convert(
     family: Annotated[Convertible, typer.Argument(help="Whose checkpoint it is.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Its files, or the folder of them.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer made of it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer or the bundle made of it.")],
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="SOURCE", help="Its files, or the folder of them; without any, what to get is said."),
+    ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels a side it is used at.  [default: the checkpoint's, or its family's]")
+        int | None,
+        typer.Option(help="Pixels a side a tokenizer is used at.  [default: the checkpoint's, or its family's]"),
+    ] = None,
+    image_tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a converted tokenizer, for priors published without theirs.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What a prior's files do not say.")
     ] = None,
 ) -> None:
-    """Turn a public image tokenizer into one of ours; nothing in its files is executed."""
-    from stage1_tokenizer.convert import convert as run
+    """Turn a public image tokenizer, or a prior with all it needs, into ours; nothing in its files is executed."""
+    from pipelines.convert import convert as run
 
-    print(run(family.value, sources, out, image_size))
+    print(
+        run(
+            family.value,
+            sources or [],
+            out,
+            image_size=image_size,
+            image_tokenizer=image_tokenizer,
+            settings=settings or [],
+        )
+    )
 
 
 @app.command()
@@ -428,8 +466,13 @@ def bundle(
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of a trained tokenizer.")],
     prior: Annotated[str, typer.Option(help="Folder of a prior trained on its codes.")],
-    text_tokenizer: Annotated[str, typer.Option(help="Folder of the text tokenizer that the prior reads with.")],
+    text_tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the text tokenizer that the prior reads with, if it reads text.")
+    ] = None,
     reranker: Annotated[str | None, typer.Option(help="Folder of a reranker, in open_clip's layout.")] = None,
+    segmentation_tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer of segmentation maps, if the prior draws from these.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="What pictures are drawn with unless told otherwise.")
     ] = None,
@@ -458,6 +501,7 @@ def bundle(
         prior=prior,
         text_tokenizer=text_tokenizer,
         reranker=reranker,
+        segmentation_tokenizer=segmentation_tokenizer,
         sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
     )
     print(out)

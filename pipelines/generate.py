@@ -27,6 +27,7 @@ from common.config import Config, validate
 from common.errors import InputError
 from common.images import contact_sheet, open_image, read_origin, save_png
 from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
+from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import Generated, TextToImagePipeline, check_keep, check_prompts
 from stage2_prior import Sampling
 
@@ -165,12 +166,14 @@ def replay(
     model: str | Path | None = None,
     device: str | torch.device | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    segmentation: str | Path | None = None,
 ) -> Replayed:
     """Draws a PNG of `generate` again from what it remembers, and writes it into the folder `output`.
 
     `model` is the bundle, by default the one that the picture names; `loras` are the folders of those that it was drawn
-    with, with the weights that they had. Raises InputError when the picture remembers nothing or is a contact sheet, or
-    when the bundle or the LoRAs are not those that it was drawn with.
+    with, with the weights that they had; `segmentation` is the file of the map that it was drawn from. Raises
+    InputError when the picture remembers nothing or is a contact sheet, or when the bundle or the LoRAs are not those
+    that it was drawn with.
     """
     start = time.perf_counter()
     origin = _read(Path(picture))
@@ -197,7 +200,7 @@ def replay(
         raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
     with _output_folder(Path(output)) as folder:
         image = pipeline(
-            origin.prompt,
+            origin.prompt if segmentation is None else SegmentationMap(segmentation),
             num_candidates=1,
             seed=origin.seed,
             sampling=origin.sampling,  # not the bundle's own, which may have changed since

@@ -21,9 +21,11 @@ from common.config import validate
 from common.errors import InputError, InputWarning
 from common.images import fit, to_pil, to_tensor
 from pipelines.bundle import load_bundle, save_bundle
+from pipelines.conditions import ClassLabel, SegmentationMap, prompt_prefix
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import GPTPrior, Sampling, flatten_codes, unflatten_codes
+from stage2_prior import Sampling, flatten_codes, unflatten_codes
+from stage2_prior.base import Prior
 from stage2_prior.lora import Loras
 from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import Drawing, check_first_codes
@@ -97,14 +99,19 @@ class TextToImagePipeline:
     def __init__(
         self,
         image_tokenizer: Autoencoder,
-        prior: GPTPrior,
+        prior: Prior,
         reranker: Reranker | None = None,
         sampling: Sampling | None = None,
         fingerprint: str | None = None,
+        segmentation_tokenizer: Autoencoder | None = None,
     ) -> None:
-        """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without."""
+        """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without.
+
+        A prior that draws from segmentation maps needs the tokenizer of these.
+        """
         self.image_tokenizer, self.prior, self.reranker = image_tokenizer, prior, reranker
         self.sampling, self.fingerprint = sampling or Sampling(), fingerprint
+        self.segmentation_tokenizer = segmentation_tokenizer
         self.loras = Loras(prior)
 
     @classmethod
@@ -130,7 +137,7 @@ class TextToImagePipeline:
             )
         if not isinstance(self.reranker, ClipReranker | None):
             raise InputError(f"a {type(self.reranker).__name__} cannot be saved in a bundle, only a ClipReranker can")
-        save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling)
+        save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling, self.segmentation_tokenizer)
 
     def load_lora_weights(self, folder: str | Path, weight: float = 1.0) -> None:
         """Draws with `weight` times the LoRA in a folder or of a hub name from now on, beside those loaded before.
@@ -175,6 +182,7 @@ class TextToImagePipeline:
     ) -> Generated:
         """Draws `num_candidates` for each prompt and returns the `num_images_per_prompt` (4) that fit best, best first.
 
+        A prompt is text, or, where the prior draws from these, a `ClassLabel` or `SegmentationMap` of conditions.py.
         Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. What of
         `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1 and min_p 0.
         `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
@@ -412,8 +420,10 @@ class TextToImagePipeline:
     def _prefix(self, prompt: str, name: str) -> Tensor:
         """One prompt's prefix (1, P)."""
         try:
-            return self.prior.prefix([prompt])
-        except InputError:
+            return prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+        except InputError as error:
+            if self.prior.condition != "text" or isinstance(prompt, ClassLabel | SegmentationMap):
+                raise InputError(f"{name}: {error}") from None
             self.prior.prefix([""])  # fails as well when it was not the length
         fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
         while end - fits > 1:
@@ -474,7 +484,7 @@ class TextToImagePipeline:
 
     @property
     def _device(self) -> torch.device:
-        return self.prior.prefix([""]).device
+        return next(self.prior.parameters()).device
 
     def _rows(self, prompts: int, candidates: int, sampling: Sampling, batch_size: int | None) -> int:
         """How many candidates to draw at once. Raises InputError when those of one prompt do not fit in memory."""
@@ -497,9 +507,7 @@ class TextToImagePipeline:
 
     def _row_bytes(self, sampling: Sampling) -> int:
         """Roughly what drawing and decoding one more candidate takes: keys and values, logits, pixels."""
-        config = self.prior.config
-        positions = self.prior.prefix_length + self.prior.length // self.prior.num_codebooks
-        numbers = 2 * config.depth * positions * config.dim + 8 * config.codebook_size
+        numbers = self.prior.cache_numbers() + 8 * self.prior.codebook_size
         guided = 2 if sampling.guided else 1
         return 4 * (guided * numbers + 3 * self.image_tokenizer.image_size**2 * 8)
 

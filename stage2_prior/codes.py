@@ -1,11 +1,14 @@
 """Images as codes on disk: what `tessera encode` writes once and the prior trains on.
 
-A folder of `codes-00000.safetensors`, ... (each `codes`, (n, Q, h, w) int32), `captions.jsonl` with a line for each row
-(`text`, `weight`) and `meta.json` (tokenizer fingerprint, codebook size, code shape, shard sizes). Shards are written
-whole or not at all and found ones are kept, so encoding can be stopped and goes on where it was.
+A folder of `codes-00000.safetensors`, ... (each `codes`, (n, Q, h, w) int32, and where the pictures have segmentation
+maps `segmentation`, the codes that the maps' own tokenizer gives them), `captions.jsonl` with a line for each row
+(`text`, `weight`, and the number of its class as `label` where pictures have labels) and `meta.json` (tokenizer
+fingerprint, codebook size, code shape, shard sizes, names of the classes). Shards are written whole or not at all and
+found ones are kept, so encoding can be stopped and goes on where it was.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +29,20 @@ META = "meta.json"
 CAPTIONS = "captions.jsonl"
 
 
+class SegmentationMeta(Config):
+    tokenizer_fingerprint: str
+    codebook_size: int = Field(gt=0)
+    code_shape: tuple[int, int, int]  # Q, h, w
+
+
 class CodesMeta(Config):
     tokenizer_fingerprint: str
     codebook_size: int = Field(gt=0)
     code_shape: tuple[int, int, int]  # Q, h, w
     rows: int = Field(gt=0)
     shard_rows: int = Field(gt=0)  # rows a shard, the last may have fewer
+    class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where pictures have no labels
+    segmentation: SegmentationMeta | None = None  # of the maps' codes; null where pictures have no maps
 
     @property
     def shards(self) -> int:
@@ -41,30 +52,42 @@ class CodesMeta(Config):
 class CodesBatch(NamedTuple):
     codes: Tensor  # (B, T) int64
     captions: list[str]  # one of each image's captions, drawn anew every time
+    labels: list[int]  # of their classes; empty where the pictures have no labels
+    segmentation: Tensor | None  # (B, Q, h, w) int64, codes of their maps; None where they have none
 
 
 class Codes:
     """All codes of a folder, in memory."""
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if not (folder / META).is_file():
             raise InputError(f"{folder} has no {META}; write the codes with tessera encode")
         self.meta = validate(CodesMeta, json.loads((folder / META).read_text()), where=str(folder / META))
         try:
-            shards = [load_file(folder / shard_name(i))["codes"] for i in range(self.meta.shards)]
+            shards = [load_file(folder / shard_name(i)) for i in range(self.meta.shards)]
+            codes = torch.cat([shard["codes"] for shard in shards])
+            maps = None if self.meta.segmentation is None else torch.cat([shard["segmentation"] for shard in shards])
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"{folder} is not complete ({error}); run tessera encode again") from None
-        self.codes = flatten_codes(torch.cat(shards))  # (rows, T) int32
+        self.codes = flatten_codes(codes)  # (rows, T) int32
+        self.segmentation = maps  # (rows, Q, h, w) int32
         lines = (folder / CAPTIONS).read_text(encoding="utf-8").splitlines()
         if not len(lines) == len(self.codes) == self.meta.rows:
             raise InputError(f"{folder} has {len(self.codes)} rows of codes and {len(lines)} of captions; encode again")
         rows = [json.loads(line) for line in lines]
         self.captions = [tuple(row["text"]) for row in rows]
         self.weights = [float(row["weight"]) for row in rows]
+        self.labels = [int(row["label"]) for row in rows] if self.meta.class_names else []
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def batch(self, indices: Sequence[int] | np.ndarray, captions: list[str]) -> CodesBatch:
+        """The rows at `indices`, with these captions."""
+        labels = [self.labels[index] for index in indices] if self.labels else []
+        maps = None if self.segmentation is None else self.segmentation[indices].long()
+        return CodesBatch(self.codes[indices].long(), captions, labels, maps)
 
 
 class CodesSteps(Dataset[CodesBatch]):
@@ -81,7 +104,7 @@ class CodesSteps(Dataset[CodesBatch]):
         for index, draw in zip(indices, draws, strict=True):
             choices = self.source.captions[index] or ("",)
             captions.append(choices[int(draw * len(choices))])
-        return CodesBatch(self.source.codes[indices].long(), captions)
+        return self.source.batch(indices, captions)
 
 
 def shard_name(number: int) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from common.errors import InputError
 from common.text import PAD
 from stage2_prior.codes import Codes
+from stage2_prior.conditions import ConditionedPrior, condition_of
 from stage2_prior.load import load_prior
 from stage2_prior.sampling.settings import guide
 
@@ -20,12 +21,13 @@ from stage2_prior.sampling.settings import guide
 def evaluate(
     model: str | Path, codes: str | Path, guidance_scale: float | None = None, batch_size: int = 32
 ) -> dict[str, Any]:
-    """Mean losses over all pictures of a folder of codes, each with its first caption, cut where it is too long.
+    """Mean losses over all pictures of a folder of codes, each with its condition: its first caption, cut where it is
+    too long, or its class or segmentation map.
 
-    `image` is nats a code given the caption, `image_by_depth` the same for each codebook, `image_without_caption` what
-    it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text` is
-    nats a text token, the end of the text among them (None where no picture has a caption). Raises InputError when the
-    codes are not those of the prior's image tokenizer.
+    `image` is nats a code given the condition, `image_by_depth` the same for each codebook, `image_without_caption`
+    what it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text`
+    is nats a text token, the end of the text among them (None where no picture has a caption or none is foretold).
+    Raises InputError when the codes are not those of the prior's image tokenizer, or have not its condition.
     """
     source, prior = Codes(codes), load_prior(model)
     if prior.config.image_tokenizer_fingerprint not in ("", source.meta.tokenizer_fingerprint):
@@ -33,7 +35,9 @@ def evaluate(
             f"the prior in {model} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, {codes} holds "
             f"codes of {source.meta.tokenizer_fingerprint}; encode the pictures with the prior's own tokenizer"
         )
-    assert prior.text_tokenizer is not None
+    if not isinstance(prior, ConditionedPrior):
+        raise InputError(f"the prior in {model} is of type {prior.config.type}, only those trained here are evaluated")
+    _check_condition(model, prior, source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior.to(device)
     captioned, alone, guided = (torch.zeros(prior.num_codebooks, dtype=torch.float64) for _ in range(3))
@@ -41,7 +45,7 @@ def evaluate(
     for first in tqdm(range(0, len(source), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         rows = source.codes[first : first + batch_size].long().to(device)  # (B, T)
         captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
-        prefix = prior.pad([prior.text_tokenizer.encode(caption) for caption in captions])  # (B, P)
+        prefix = prior.batch_prefix(source.batch(range(first, first + len(rows)), captions))  # (B, P)
         predictions = prior.predict(prefix, rows)
         unconditional = prior(prior.null_prefix(len(rows)), rows)
         captioned += by_depth(predictions.codes, rows, prior.num_codebooks)
@@ -49,6 +53,8 @@ def evaluate(
         if guidance_scale is not None:
             mixed = guide(predictions.codes, unconditional, guidance_scale)
             guided += by_depth(mixed, rows, prior.num_codebooks)
+        if predictions.text is None:
+            continue
         targets = prefix[:, 1:]
         said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
         text += float(nats(predictions.text, targets)[said].double().sum())
@@ -69,6 +75,16 @@ def evaluate(
         "text": round(text / tokens, 4) if tokens else None,
         "images_per_second": round(len(source) / seconds, 1),
     }
+
+
+def _check_condition(model: str | Path, prior: ConditionedPrior, source: Codes) -> None:
+    """Raises InputError unless the codes have the condition that the prior draws from, of the same classes or maps."""
+    wanted = condition_of(prior.condition, source, prior.text_tokenizer)
+    if prior.condition != "text" and any(getattr(prior.config, key) != value for key, value in wanted.items()):
+        raise InputError(
+            f"the prior in {model} was trained with other classes or other codes of maps than {source.folder} has; "
+            "encode with the tokenizers and the labels that it was trained with"
+        )
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:

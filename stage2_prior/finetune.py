@@ -21,10 +21,12 @@ from common.errors import InputError
 from common.training import OptimizerConfig, Run, RunConfig
 from common.weights import new_folder
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
+from stage2_prior.conditions import ConditionedPrior
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
 from stage2_prior.sampling import Sampling
 from stage2_prior.train import Objective, check_codes, find_image_tokenizer, sample_pictures
+from stage2_prior.transformer import GPTPrior
 
 
 class LoraSettings(Config):
@@ -67,7 +69,11 @@ class MixedSteps(Dataset[CodesBatch]):
 
     def __getitem__(self, step: int) -> CodesBatch:
         new, old = self.new[step], self.remembered[step]
-        return CodesBatch(torch.cat([new.codes, old.codes]), new.captions + old.captions)
+        captions, labels = new.captions + old.captions, new.labels + old.labels
+        maps = None
+        if new.segmentation is not None and old.segmentation is not None:
+            maps = torch.cat([new.segmentation, old.segmentation])
+        return CodesBatch(torch.cat([new.codes, old.codes]), captions, labels, maps)
 
 
 class SplitQKV(nn.Module):
@@ -90,8 +96,8 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     codes = Codes(recipe.codes)
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     prior = load_prior(recipe.prior)
-    text_tokenizer = prior.text_tokenizer
-    assert text_tokenizer is not None
+    if not isinstance(prior, ConditionedPrior):
+        raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
     check_codes(prior, recipe.prior, codes, recipe.codes)
     base = base_fingerprint(prior)
     torch.manual_seed(recipe.run.seed)
@@ -104,19 +110,22 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     objective = run.prepare("prior", Objective(prior.train()))
     run.state["prior"] = adapter
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer, {"lora_B": recipe.lora.b_rate})
+    says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
+    text_weight = recipe.text_weight if says_text else 0.0
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
     for batch in run.batches(_steps(recipe, codes, prior, rank, world)):
-        dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
-        texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
-        prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
+        prefix = torch.where(dropped[:, None], prior.null_prefix(1), prior.batch_prefix(batch))  # (B, P)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
-        loss = (recipe.text_weight * text_loss + depth_losses.mean()) / (recipe.text_weight + 1)
+        loss = (text_weight * text_loss + depth_losses.mean()) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(adapter)
-        run.log(loss=loss, text=text_loss, image=depth_losses.mean())
+        run.log(loss=loss, image=depth_losses.mean())
+        if text_weight:
+            run.log(text=text_loss)
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             with _exchanged(adapter, average.module), torch.no_grad():

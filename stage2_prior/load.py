@@ -2,30 +2,78 @@
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from common.config import read_config
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.text import FILE, TextTokenizer
 from common.weights import find_folder, load_weights
-from stage2_prior.transformer import GPTConfig, GPTPrior
+from stage2_prior.base import Prior, PriorConfig
+
+KINDS = ("gpt", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
 
 
-def load_prior(folder: str | Path, text_tokenizer: TextTokenizer | None = None) -> GPTPrior:
+class Tagged(BaseModel):
+    """As much of a prior's config as says which kind it is."""
+
+    type: str = "gpt"
+
+
+def load_prior(folder: str | Path, text_tokenizer: TextTokenizer | None = None) -> Prior:
     """The prior in a local folder or of a hub name, in eval mode.
 
-    Without a `text_tokenizer` it takes the one in the folder, or the bundle's `text_tokenizer/` beside the folder.
-    Raises InputError when a file is missing or broken, or when the text tokenizer is not the one it was trained with.
+    Without a `text_tokenizer` it takes the one in the folder, or the bundle's `text_tokenizer/` beside the folder, or
+    none where there is none. Raises InputError when a file is missing or broken, or when the text tokenizer is not the
+    one it was trained with.
     """
     folder = find_folder(folder)
-    config = read_config(GPTConfig, folder)
+    kind, model = prior_kind(read_config(Tagged, folder).type, str(folder))
+    config = read_config(kind, folder)
     if text_tokenizer is None:
-        text_tokenizer = TextTokenizer.from_pretrained(
-            folder if (folder / FILE).is_file() else folder.parent / "text_tokenizer"
-        )
-    if config.text_tokenizer_fingerprint not in ("", text_tokenizer.fingerprint):
+        beside = (folder, folder.parent / "text_tokenizer")
+        found = next((place for place in beside if (place / FILE).is_file()), None)
+        if found is not None or config.text_tokenizer_fingerprint:
+            text_tokenizer = TextTokenizer.from_pretrained(found or beside[1])
+    if text_tokenizer is not None and config.text_tokenizer_fingerprint not in ("", text_tokenizer.fingerprint):
         raise InputError(
             f"the prior in {folder} was trained with text tokenizer {config.text_tokenizer_fingerprint}, got "
             f"{text_tokenizer.fingerprint}; put the tokenizer.json it was trained with beside it"
         )
-    prior = GPTPrior(config, text_tokenizer)
+    prior = model(config, text_tokenizer)
     load_weights(prior, folder)
     return prior
+
+
+def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
+    """The config and the model of a `type`. Raises InputError for an unknown one."""
+    match kind:
+        case "gpt":
+            from stage2_prior.transformer import GPTConfig, GPTPrior
+
+            return GPTConfig, GPTPrior
+        case "pixelcnn":
+            from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
+
+            return PixelCNNConfig, PixelCNNPrior
+        case "mindalle":
+            from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
+
+            return MinDALLEConfig, MinDALLEPrior
+        case "rudalle":
+            from stage2_prior.rudalle import RuDALLEConfig, RuDALLEPrior
+
+            return RuDALLEConfig, RuDALLEPrior
+        case "llamagen":
+            from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
+
+            return LlamaGenConfig, LlamaGenPrior
+        case "janus":
+            from stage2_prior.janus import JanusConfig, JanusPrior
+
+            return JanusConfig, JanusPrior
+        case "taming":
+            from stage2_prior.taming import TamingConfig, TamingPrior
+
+            return TamingConfig, TamingPrior
+        case _:
+            raise InputError(f"{where}: '{kind}' is not a type of prior{nearest(kind, list(KINDS))}")

@@ -1,11 +1,12 @@
-"""Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
+"""Trains a prior on codes: `tessera train prior RECIPE.yaml` (the GPT: Ramesh et al. 2021, section 2.2)."""
 
 from pathlib import Path
 from random import Random
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_recipe
@@ -13,55 +14,78 @@ from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
-from stage2_prior.base import unflatten_codes
+from stage2_prior.base import Condition, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
-from stage2_prior.load import load_prior
+from stage2_prior.conditions import ConditionedPrior, condition_of
+from stage2_prior.load import load_prior, prior_kind
+from stage2_prior.pixelcnn import PixelCNNSize
+from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTConfig, GPTPrior
+from stage2_prior.transformer import GPTPrior, GPTSize
 from stage2_prior.truncation import describe, truncation
 
 
-class GPTSize(Config):
-    """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
+def _type(size: Any) -> str:
+    """The tag of a model; the GPT is meant where it is left out."""
+    return size.get("type", "gpt") if isinstance(size, dict) else getattr(size, "type", "gpt")
 
-    text_length: int = Field(64, ge=2)  # <start> included; longer captions are cut off in training
-    dim: int = Field(512, ge=8)
-    depth: int = Field(12, ge=1)
-    num_heads: int = Field(8, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+
+AnySize = Annotated[
+    Annotated[GPTSize, Tag("gpt")] | Annotated[PixelCNNSize, Tag("pixelcnn")],
+    Discriminator(_type),
+    BeforeValidator(with_preset),
+]
 
 
 class PriorRecipe(Config):
     codes: Path  # written by tessera encode
-    text_tokenizer: Path
+    condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
+    text_tokenizer: Path | None = None  # for a condition of text
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: GPTSize = GPTSize()
+    model: AnySize = GPTSize()  # `type: pixelcnn` for a PixelCNN; `preset: NAME` gives what is not named of a GPT
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
-    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
     bpe_dropout: float = Field(0.0, ge=0, le=1)  # share of merges left out of captions; Provilkov et al. 2020: 0.1
-    prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
+    pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
+    # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
+    order_annealing: tuple[float, float] = (1.0, 1.0)
+    activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
+    prompts: tuple[str, ...] = ()  # of the sample pictures; by default conditions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PriorRecipe":
+        if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
+            raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
+        if self.prompts and self.condition != "text":
+            raise ValueError(f"prompts are texts, and a prior of condition '{self.condition}' reads none")
+        if self.activation_checkpointing and self.model.type != "gpt":
+            raise ValueError("activation_checkpointing is for a model of type gpt")
+        return self
 
 
 class Objective(nn.Module):
     """Prefixes and codes -> the mean loss of the text, and of each codebook (Q,), in nats a token.
 
-    One module, for several processes.
+    One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
+    prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: GPTPrior) -> None:
+    def __init__(self, prior: ConditionedPrior, pkeep: float = 1.0) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior, self.pkeep = prior, pkeep
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        predictions = self.prior.predict(prefix, codes)
+    def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
+        predictions = self.prior.predict(prefix, read, *(() if order is None else (order,)))
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
+        if predictions.text is None:
+            return image.new_zeros(()), image
         # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
         said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
         targets = prefix[:, 1:].masked_fill(~said, -100)
@@ -69,42 +93,76 @@ class Objective(nn.Module):
         return text / said.sum().clamp_min(1), image
 
 
+def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
+    """Codes with all but the share `pkeep` replaced by random ones (taming-transformers' `pkeep`)."""
+    kept = torch.rand(codes.shape, device=codes.device) < pkeep
+    return torch.where(kept, codes, torch.randint_like(codes, codebook_size))
+
+
+def random_order(rows: int, positions: int, raster_share: float, device: torch.device) -> Tensor:
+    """A permutation of the image positions for each row, (rows, S); of this share of them row after row."""
+    raster = torch.arange(positions, device=device).expand(rows, -1)
+    shuffled = torch.rand(rows, positions, device=device).argsort(1)
+    return torch.where(torch.rand(rows, 1, device=device) < raster_share, raster, shuffled)
+
+
+def raster_share(progress: float, annealing: tuple[float, float]) -> float:
+    """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
+    first, last = annealing
+    if progress < first:
+        return 0.0
+    return 1.0 if progress >= last else (progress - first) / (last - first)
+
+
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains the prior of a recipe, or goes on with it; returns the folder of the result."""
     recipe = read_recipe(PriorRecipe, recipe_path, overrides)
     codes = Codes(recipe.codes)
-    text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
+    text_tokenizer = None
+    if recipe.condition == "text" and recipe.text_tokenizer is not None:
+        text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     torch.manual_seed(recipe.run.seed)
     prior = _prior(recipe, codes, text_tokenizer)
 
     run = Run(recipe.run, recipe)
     average = run.averaged("average", prior)
-    objective = run.prepare("prior", Objective(prior))
+    objective = run.prepare("prior", Objective(prior, recipe.pkeep))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
+    if isinstance(prior, GPTPrior):
+        prior.activation_checkpointing = recipe.activation_checkpointing
+    says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
+    text_weight = recipe.text_weight if says_text else 0.0
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
-    captions = [caption for choices in codes.captions for caption in choices]
-    run.say(describe(truncation(text_tokenizer, captions, prior.prefix_length), prior.prefix_length))
+    if text_tokenizer is not None:
+        captions = [caption for choices in codes.captions for caption in choices]
+        run.say(describe(truncation(text_tokenizer, captions, prior.prefix_length), prior.prefix_length))
 
     for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
-        texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
+        dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
         random = Random(f"{recipe.run.seed} {run.step} {rank}")
-        prefix = prior.pad([text_tokenizer.encode(text, recipe.bpe_dropout, random) for text in texts])  # (B, P)
+        prefix = prior.batch_prefix(batch, recipe.bpe_dropout, random)  # (B, P)
+        prefix = torch.where(dropped[:, None], prior.null_prefix(1), prefix)
+        order = None
+        if isinstance(prior, GPTPrior) and prior.config.order == "random":
+            share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)
+            order = random_order(len(prefix), prior.length // prior.num_codebooks, share, run.device)
         with run.autocast():
-            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
+            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device), order)
         image_loss = (depth_weights * depth_losses).sum()
-        loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
+        loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(loss=loss, text=text_loss, image=depth_losses.mean(), first=depth_losses[0])
+        run.log(loss=loss, image=depth_losses.mean(), first=depth_losses[0])
+        if says_text:
+            run.log(text=text_loss)
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
-            assert isinstance(exported, GPTPrior)
+            assert isinstance(exported, ConditionedPrior)
             exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
                 tokenizer = image_tokenizer.to(run.device)
@@ -112,27 +170,36 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     return folder
 
 
-def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> GPTPrior:
+def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> ConditionedPrior:
     """A new prior for the codes, or the one that the recipe goes on from."""
+    condition = condition_of(recipe.condition, codes, text_tokenizer)
     if recipe.prior is None:
-        config = GPTConfig(
-            codebook_size=codes.meta.codebook_size,
-            code_shape=codes.meta.code_shape,
-            text_vocab_size=text_tokenizer.vocab_size,
-            condition_dropout=recipe.condition_dropout,
-            image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
-            text_tokenizer_fingerprint=text_tokenizer.fingerprint,
-            **recipe.model.model_dump(),
-        )
-        return GPTPrior(config, text_tokenizer)
+        own = {
+            "codebook_size": codes.meta.codebook_size,
+            "code_shape": codes.meta.code_shape,
+            "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
+            "condition_dropout": recipe.condition_dropout,
+        }
+        config, model = prior_kind(recipe.model.type, "model")
+        new = model(config.model_validate(own | condition | recipe.model.model_dump()), text_tokenizer)
+        assert isinstance(new, ConditionedPrior)
+        return new
     prior = load_prior(recipe.prior, text_tokenizer)
+    if not isinstance(prior, ConditionedPrior):
+        raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
+    different = [key for key, value in condition.items() if getattr(prior.config, key) != value]
+    if different:
+        raise InputError(
+            f"the prior in {recipe.prior} has another {different[0]} than this recipe and its codes; go on with the "
+            "condition that it was trained with"
+        )
     check_codes(prior, recipe.prior, codes, recipe.codes)
-    if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a prompt
+    if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a condition
         prior.config = prior.config.model_copy(update={"condition_dropout": recipe.condition_dropout})
     return prior.train()
 
 
-def check_codes(prior: GPTPrior, folder: Path, codes: Codes, codes_folder: Path) -> None:
+def check_codes(prior: Prior, folder: Path, codes: Codes, codes_folder: Path) -> None:
     """Raises InputError unless the codes are those that a prior draws."""
     if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
@@ -157,10 +224,22 @@ def find_image_tokenizer(folder: Path | None, codes: Codes, codes_folder: Path) 
 
 
 def sample_pictures(
-    run: Run, prior: GPTPrior, tokenizer: Autoencoder, prompts: tuple[str, ...], sampling: Sampling, codes: Codes
+    run: Run,
+    prior: ConditionedPrior,
+    tokenizer: Autoencoder,
+    prompts: tuple[str, ...],
+    sampling: Sampling,
+    codes: Codes,
 ) -> None:
-    """A picture for each of the prompts, or of some captions of the codes; the same seeds every time."""
-    prompts = prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
-    drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), sampling)
+    """A picture for each of the prompts, or of some conditions of the codes; the same seeds every time."""
+    rows = range(0, len(codes), -(-len(codes) // 16))
+    captions = [(codes.captions[i] or ("",))[0] for i in rows]
+    if prompts:
+        prefix, labels = prior.prefix(prompts), list(prompts)
+    else:
+        prefix, labels = prior.batch_prefix(codes.batch(rows, captions)), captions
+        if prior.condition == "class":
+            labels = [codes.meta.class_names[codes.labels[i]] for i in rows]
+    drawn = sample(prior, prefix, range(len(labels)), sampling)
     images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
-    run.save_pictures("samples", images, list(prompts))
+    run.save_pictures("samples", images, labels)

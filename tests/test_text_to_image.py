@@ -24,7 +24,7 @@ from pipelines.text_to_image import (
     free_memory,
 )
 from rerank import ClipReranker
-from stage2_prior import GPTPrior, flatten_codes, sample, unflatten_codes
+from stage2_prior import GPTConfig, GPTPrior, flatten_codes, sample, unflatten_codes
 from tests.conftest import tiny_prior
 
 PROMPT = "a red heart above a blue circle"
@@ -233,7 +233,9 @@ def test_a_long_prompt_is_cut_and_the_warning_shows_what_was_left_out(
 
 
 def test_guidance_on_a_prior_trained_without_dropout_is_warned_of(tiny_pipeline: TextToImagePipeline) -> None:
-    never = GPTPrior(tiny_pipeline.prior.config.model_copy(update={"condition_dropout": 0.0}))
+    config = tiny_pipeline.prior.config
+    assert isinstance(config, GPTConfig)
+    never = GPTPrior(config.model_copy(update={"condition_dropout": 0.0}))
     never.text_tokenizer = tiny_pipeline.prior.text_tokenizer
     pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, never.eval(), sampling=tiny_pipeline.sampling)
     with pytest.warns(InputWarning, match="trained without condition_dropout"):

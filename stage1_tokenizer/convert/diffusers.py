@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoints import Weights, find_files, read_settings, read_tensors
+from common.config import Origin
 from common.errors import InputError
-from stage1_tokenizer.autoencoder import Origin
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import Converted, Names, read_vqgan, refuse_other_families
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.checkpoints import Weights, find_files, read_settings, read_tensors
+from common.config import Origin
 from common.errors import InputError
-from stage1_tokenizer.autoencoder import Origin
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert import llamagen
 from stage1_tokenizer.convert.vqgan import TAMING, Converted, read_vqgan, refuse_other_families

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.checkpoints import section
-from stage1_tokenizer.autoencoder import Origin
+from common.config import Origin
 from stage1_tokenizer.convert.taming import open_checkpoint, read_taming
 from stage1_tokenizer.convert.vqgan import Converted
 

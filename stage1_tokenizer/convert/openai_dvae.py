@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.checkpoints import Weights, find_files, read_tensors
+from common.config import Origin
 from common.errors import InputError
-from stage1_tokenizer.autoencoder import AutoencoderConfig, Origin
+from stage1_tokenizer.autoencoder import AutoencoderConfig
 from stage1_tokenizer.bottlenecks import GumbelConfig
 from stage1_tokenizer.convert.vqgan import Converted, needed_shapes, refuse_other_families
 from stage1_tokenizer.dvae import DVAETrunkConfig

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.config import Origin
 from common.errors import InputError
-from stage1_tokenizer.autoencoder import Origin
 from stage1_tokenizer.convert.taming import GUMBEL, model_settings, open_checkpoint, read_taming
 from stage1_tokenizer.convert.vqgan import Converted, refuse_other_families
 

@@ -90,7 +90,7 @@ class Drawing:
         rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(seeds) // len(prefix))
         images = rows
         if self.sampling.guided:
-            null = (prior.null_prefix(1) if null is None else null).to(prefix.device)
+            null = prior.unconditional(prefix) if null is None else null.to(prefix.device)
             rows = torch.cat([rows, len(prefix) + rows % len(null)])
             prefix = torch.cat([prefix, null])
 

@@ -1,0 +1,89 @@
+"""What imported GPTs are made of: pre-norm blocks with biases (GPT-2, Radford et al. 2019), and what they remember.
+
+Letters: N sequences, S new positions, L positions so far, E width.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_prior.base import Cache
+
+Activation = Literal["gelu", "gelu-tanh", "gelu-sigmoid"]  # exact, and two approximations that models were trained with
+
+
+class KeyValues(Cache):
+    """Keys and values of all layers, allocated once and filled from the left."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
+        self.keys, self.values = keys, values  # (depth, N, heads, L, E / heads)
+        self.length = length  # positions filled so far
+
+    @classmethod
+    def empty(cls, like: Tensor, depth: int, rows: int, heads: int, positions: int, width: int) -> "KeyValues":
+        """Room for `positions`, with the precision and on the device of `like`."""
+        shape = (depth, rows, heads, positions, width)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def repeat(self, rows: Tensor) -> "KeyValues":
+        return KeyValues(self.keys[:, rows], self.values[:, rows], self.length)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the keys and values (N, heads, S, E / heads) of new positions; returns all up to them."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; a `sandwich` norms what they give as well (CogView, Ding et al. 2021)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        activation: Activation,
+        *,
+        sandwich: bool = False,
+        attention_bias: bool = True,
+        mlp_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.activation = num_heads, activation
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=attention_bias)
+        self.out = nn.Linear(dim, dim, bias=attention_bias)
+        self.mlp_in = nn.Linear(dim, mlp_dim, bias=mlp_bias)
+        self.mlp_out = nn.Linear(mlp_dim, dim, bias=mlp_bias)
+        self.attention_norm_out = nn.LayerNorm(dim) if sandwich else nn.Identity()
+        self.mlp_norm_out = nn.LayerNorm(dim) if sandwich else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValues | None = None, layer: int = 0) -> Tensor:
+        """(N, S, E) -> (N, S, E). `mask` (S, L) is True where a position sees another; without one all before are seen.
+
+        With a cache, either the first positions come together or a single one does.
+        """
+        q, k, v = rearrange(
+            self.qkv(self.attention_norm(x)), "n s (three h d) -> three n h s d", three=3, h=self.num_heads
+        )
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        causal = mask is None and q.shape[2] > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        x = x + self.attention_norm_out(self.out(rearrange(mixed, "n h s d -> n s (h d)")))
+        hidden = activate(self.mlp_in(self.mlp_norm(x)), self.activation)
+        return x + self.mlp_norm_out(self.mlp_out(hidden))
+
+
+def activate(x: Tensor, kind: Activation) -> Tensor:
+    match kind:
+        case "gelu":
+            return F.gelu(x)
+        case "gelu-tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu-sigmoid":
+            return x * (1.702 * x).sigmoid()
