@@ -265,7 +265,7 @@ def test_a_long_prompt_is_drawn_with_one_line_about_what_was_cut(
 
 def test_sampling_options_reach_the_pictures(ran: Ran, draw: list[object], tmp_path: Path) -> None:
     options = ["--min-p", "0.1", "--guidance-schedule", "linear", "--negative-prompt", "a dog", "--log-probs"]
-    options += ["--top-of", picture(tmp_path / "red.png"), "--top-rows", "1", "--prune-by", "reranker"]
+    options += ["--top-of", str(picture(tmp_path / "red.png")), "--top-rows", "1", "--prune-by", "reranker"]
     report = json.loads(ran(*draw, "a heart", "-n", "1", "--candidate-budget", "0.5", *options, "--json"))
     assert (report["candidates"], report["finished"]) == (16, 5)
     (drawn,) = report["prompts"][0]["images"]
