@@ -21,7 +21,6 @@ from common.errors import InputError
 from common.text import TextTokenizer
 from common.weights import save_pretrained
 
-
 Condition = Literal["text", "class", "segmentation"]
 CONDITIONS: dict[Condition, str] = {"text": "text", "class": "class labels", "segmentation": "segmentation maps"}
 
@@ -115,7 +114,7 @@ class Prior(nn.Module, ABC):
         raise NotImplementedError
 
     def segmentation_prefix(self, segmentation: Tensor) -> Tensor:
-        """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not those of a map of the prior's size."""
+        """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not of a map of the prior's size."""
         raise NotImplementedError
 
     @abstractmethod
