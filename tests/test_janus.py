@@ -58,8 +58,9 @@ def reference(folder: Path, size: dict, seed: int = 0) -> JanusForConditionalGen
             "max_position_embeddings": 300, "eos_token_id": 1, **ids,
         },
         vision_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4 * size["patches"], "patch_size": 4,
-            "mlp_ratio": 2.0, "projection_dim": dim, "depth": 2, "num_image_tokens": size["patches"] ** 2,
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4, "mlp_ratio": 2.0,
+            "image_size": 4 * size["patches"], "projection_dim": dim, "depth": 2,
+            "num_image_tokens": size["patches"] ** 2,
         },
         vq_config={
             "embed_dim": 8, "num_embeddings": 29, "latent_channels": 16, "base_channels": 32,
