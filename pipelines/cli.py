@@ -315,6 +315,9 @@ class Convertible(StrEnum):
     llamagen_vq = "llamagen-vq"
     janus_vq = "janus-vq"
     diffusers_vq = "diffusers-vq"
+    mindalle = "mindalle"
+    rudalle = "rudalle"
+    min_dalle = "min-dalle"
 
 
 @app.command()

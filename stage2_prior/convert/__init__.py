@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
 
-FAMILIES = ("mindalle", "rudalle")
+FAMILIES = ("mindalle", "rudalle", "min-dalle")
 
 __all__ = ["FAMILIES", "Converted", "convert"]
 
@@ -47,5 +47,9 @@ def _module(family: str) -> ModuleType:
             from stage2_prior.convert import rudalle
 
             return rudalle
+        case "min-dalle":
+            from stage2_prior.convert import min_dalle
+
+            return min_dalle
         case _:
             raise InputError(f"'{family}' is not a family of priors{nearest(family, list(FAMILIES))}")
