@@ -1,10 +1,11 @@
 """Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from common.config import Config, read_recipe
@@ -15,19 +16,9 @@ from stage1_tokenizer import Autoencoder
 from stage2_prior.base import unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.load import load_prior
+from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTConfig, GPTPrior
-
-
-class GPTSize(Config):
-    """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
-
-    text_length: int = Field(64, ge=2)  # <start> included; longer captions are cut off in training
-    dim: int = Field(512, ge=8)
-    depth: int = Field(12, ge=1)
-    num_heads: int = Field(8, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 
 
 class PriorRecipe(Config):
@@ -35,28 +26,40 @@ class PriorRecipe(Config):
     text_tokenizer: Path
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: GPTSize = GPTSize()
+    model: Annotated[GPTSize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
+    # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
+    order_annealing: tuple[float, float] = (1.0, 1.0)
+    activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
     prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "PriorRecipe":
+        if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
+            raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
+        return self
+
 
 class Objective(nn.Module):
     """Prefixes and codes -> the mean loss of the text, and of each codebook (Q,), in nats a token.
 
-    One module, for several processes.
+    One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
+    prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: GPTPrior) -> None:
+    def __init__(self, prior: GPTPrior, pkeep: float = 1.0) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior, self.pkeep = prior, pkeep
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        predictions = self.prior.predict(prefix, codes)
+    def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
+        predictions = self.prior.predict(prefix, read, order)
         assert predictions.text is not None
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
@@ -65,6 +68,27 @@ class Objective(nn.Module):
         targets = prefix[:, 1:].masked_fill(~said, -100)
         text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return text / said.sum().clamp_min(1), image
+
+
+def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
+    """Codes with all but the share `pkeep` replaced by random ones (taming-transformers' `pkeep`)."""
+    kept = torch.rand(codes.shape, device=codes.device) < pkeep
+    return torch.where(kept, codes, torch.randint_like(codes, codebook_size))
+
+
+def random_order(rows: int, positions: int, raster_share: float, device: torch.device) -> Tensor:
+    """A permutation of the image positions for each row, (rows, S); of this share of them row after row."""
+    raster = torch.arange(positions, device=device).expand(rows, -1)
+    shuffled = torch.rand(rows, positions, device=device).argsort(1)
+    return torch.where(torch.rand(rows, 1, device=device) < raster_share, raster, shuffled)
+
+
+def raster_share(progress: float, annealing: tuple[float, float]) -> float:
+    """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
+    first, last = annealing
+    if progress < first:
+        return 0.0
+    return 1.0 if progress >= last else (progress - first) / (last - first)
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
@@ -78,10 +102,11 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
     run = Run(recipe.run, recipe)
     average = run.averaged("average", prior)
-    objective = run.prepare("prior", Objective(prior))
+    objective = run.prepare("prior", Objective(prior, recipe.pkeep))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
+    prior.activation_checkpointing = recipe.activation_checkpointing
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
@@ -89,8 +114,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
         texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        order = None
+        if prior.config.order == "random":
+            share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)
+            order = random_order(len(prefix), prior.length // prior.num_codebooks, share, run.device)
         with run.autocast():
-            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
+            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device), order)
         image_loss = (depth_weights * depth_losses).sum()
         loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
         run.update(optimizers, loss)
