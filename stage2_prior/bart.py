@@ -11,13 +11,14 @@ E width.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.config import Config
 from common.errors import InputError
@@ -65,6 +66,7 @@ class BartCache(Cache):
 
 class BartPrior(Prior):
     config: BartConfig
+    activation_checkpointing = False  # in training, blocks are computed again on the way back instead of remembered
 
     def __init__(self, config: BartConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ class BartPrior(Prior):
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
         x, seen = self._embed(codes[:, :-1], 0), prefix != PAD
         for block, text in zip(self.decoder, self._text(prefix), strict=True):
-            x = block(x, text, seen)
+            x = self._apply(block, x, text, seen)
         return self.head(self.norm(x))
 
     def _text(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -125,8 +127,13 @@ class BartPrior(Prior):
         """(B, P) -> (B, P, E)."""
         x, seen = self.text_norm(self.text_embedding(prefix) + self.text_position.weight), prefix != PAD
         for block in self.encoder:
-            x = block(x, seen)
+            x = self._apply(block, x, seen)
         return self.encoder_norm(x)
+
+    def _apply(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     # Sampling --------------------------------------------------------------------------------------------------------
 

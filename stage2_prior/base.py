@@ -76,6 +76,10 @@ class Prior(nn.Module, ABC):
     def prefix(self, text: Sequence[str]) -> Tensor:
         """The prefix of each text, (B, P). Raises InputError when a text is too long for the prior."""
 
+    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of the text tokenizer -> (B, P); what does not fit is cut off. Raises InputError if text is not read."""
+        raise InputError(f"a {type(self).__name__} reads no tokens of a text")
+
     @abstractmethod
     def null_prefix(self, rows: int) -> Tensor:
         """The prefix of no condition at all, (rows, P)."""

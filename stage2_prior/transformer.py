@@ -36,6 +36,7 @@ from stage2_prior.positions import Axes, rotation
 class GPTSize(Config):
     """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
 
+    type: Literal["gpt"] = "gpt"
     text_length: int = Field(64, ge=2)  # P, <start> included; longer captions are cut off in training
     dim: int = Field(512, ge=8)  # E
     depth: int = Field(12, ge=1)
@@ -66,7 +67,6 @@ class GPTSize(Config):
 
 
 class GPTConfig(PriorConfig, GPTSize):
-    type: Literal["gpt"] = "gpt"
     text_vocab_size: int = Field(4096, ge=3)  # V
 
 
