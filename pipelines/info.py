@@ -12,12 +12,20 @@ from typing import Any
 from common.data import read_items
 from common.errors import InputError
 from common.weights import find_folder
+from stage2_prior.presets import parameters as count
+from stage2_prior.presets import preset, presets
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def describe(name: str | Path) -> dict[str, Any]:
-    """Kind, size and figures of a folder, of a shipped bundle or of a hub name. Raises InputError for anything else."""
+    """Kind, size and figures of a folder, a shipped bundle, a hub name, or a preset of a prior's sizes.
+
+    Raises InputError for anything else.
+    """
+    if not Path(name).is_dir() and str(name) in presets():
+        config = preset(str(name))
+        return {"kind": "preset", "parameters": count(config)} | config.model_dump(mode="json", exclude_defaults=True)
     folder = _find(name)
     report: dict[str, Any] = {"folder": str(folder), "kind": kind_of(folder)}
     match report["kind"]:

@@ -117,6 +117,10 @@ class Prior(nn.Module, ABC):
         """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not of a map of the prior's size."""
         raise NotImplementedError
 
+    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of the text tokenizer -> (B, P); what does not fit is cut off. Raises InputError if text is not read."""
+        raise InputError(f"a {type(self).__name__} reads no tokens of a text")
+
     @abstractmethod
     def null_prefix(self, rows: int) -> Tensor:
         """The prefix of no condition at all, (rows, P)."""

@@ -25,8 +25,8 @@ def evaluate(
 
     `image` is nats a code given the caption, `image_by_depth` the same for each codebook, `image_without_caption` what
     it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text` is
-    nats a text token, the end of the text among them (None where no picture has a caption). Raises InputError when the
-    codes are not those of the prior's image tokenizer.
+    nats a text token, the end of the text among them (None where no picture has a caption, or for another prior than
+    the GPT). Raises InputError when the codes are not those of the prior's image tokenizer.
     """
     source, prior = Codes(codes), load_prior(model)
     if prior.config.image_tokenizer_fingerprint not in ("", source.meta.tokenizer_fingerprint):
@@ -34,7 +34,8 @@ def evaluate(
             f"the prior in {model} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, {codes} holds "
             f"codes of {source.meta.tokenizer_fingerprint}; encode the pictures with the prior's own tokenizer"
         )
-    assert isinstance(prior, GPTPrior) and prior.text_tokenizer is not None
+    if prior.text_tokenizer is None:
+        raise InputError(f"the prior in {model} has no text tokenizer; only priors that read text can be evaluated")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior.to(device)
     captioned, alone, guided = (torch.zeros(prior.num_codebooks, dtype=torch.float64) for _ in range(3))
@@ -44,17 +45,17 @@ def evaluate(
         captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
         prefix = prior.pad([prior.text_tokenizer.encode(caption) for caption in captions])  # (B, P)
         predictions = prior.predict(prefix, rows)
-        assert predictions.text is not None
         unconditional = prior(prior.null_prefix(len(rows)), rows)
         captioned += by_depth(predictions.codes, rows, prior.num_codebooks)
         alone += by_depth(unconditional, rows, prior.num_codebooks)
         if guidance_scale is not None:
             mixed = guide(predictions.codes, unconditional, guidance_scale)
             guided += by_depth(mixed, rows, prior.num_codebooks)
-        targets = prefix[:, 1:]
-        said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
-        text += float(nats(predictions.text, targets)[said].double().sum())
-        tokens += int(said.sum())
+        if isinstance(prior, GPTPrior) and predictions.text is not None:
+            targets = prefix[:, 1:]
+            said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
+            text += float(nats(predictions.text, targets)[said].double().sum())
+            tokens += int(said.sum())
     seconds = time.perf_counter() - start
     positions = len(source) * prior.length // prior.num_codebooks
     report: dict[str, Any] = {

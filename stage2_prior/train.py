@@ -1,33 +1,33 @@
-"""Trains a GPT prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2)."""
+"""Trains a prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2; Dayma et al. 2021)."""
 
 from pathlib import Path
+from typing import Annotated, Any, assert_never
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, read_recipe
+from common.config import Config, read_recipe, validate
 from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
-from stage2_prior.base import unflatten_codes
+from stage2_prior.bart import BartConfig, BartPrior, BartSize
+from stage2_prior.base import Predictions, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.load import load_prior
+from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTConfig, GPTPrior
+from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 
 
-class GPTSize(Config):
-    """What a recipe chooses about the model; the rest follows from the codes and the text tokenizer."""
+def _kind(size: Any) -> str:
+    """The tag of a model; a GPT is meant where it is left out."""
+    return str(size.get("type", "gpt")) if isinstance(size, dict) else getattr(size, "type", "gpt")
 
-    text_length: int = Field(64, ge=2)  # <start> included; longer captions are cut off in training
-    dim: int = Field(512, ge=8)
-    depth: int = Field(12, ge=1)
-    num_heads: int = Field(8, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+
+AnySize = Annotated[Annotated[GPTSize, Tag("gpt")] | Annotated[BartSize, Tag("bart")], Discriminator(_kind)]
 
 
 class PriorRecipe(Config):
@@ -35,36 +35,77 @@ class PriorRecipe(Config):
     text_tokenizer: Path
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: GPTSize = GPTSize()
+    model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
+    pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
+    # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
+    order_annealing: tuple[float, float] = (1.0, 1.0)
+    activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
     prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "PriorRecipe":
+        if self.text_weight and isinstance(self.model, BartSize) and "text_weight" in self.model_fields_set:
+            raise ValueError("text_weight is for a model that foretells the text, and bart only reads it")
+        if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
+            raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
+        return self
+
 
 class Objective(nn.Module):
-    """Prefixes and codes -> the mean loss of the text, and of each codebook (Q,), in nats a token.
+    """Prefixes and codes -> the mean loss of the text, 0 where it is only read, and of each codebook (Q,), in nats.
 
-    One module, for several processes.
+    One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
+    prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: GPTPrior) -> None:
+    def __init__(self, prior: GPTPrior | BartPrior, pkeep: float = 1.0) -> None:
         super().__init__()
-        self.prior = prior
+        self.prior, self.pkeep = prior, pkeep
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        predictions = self.prior.predict(prefix, codes)
-        assert predictions.text is not None
+    def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
+        predictions = self._predict(prefix, read, order)
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
+        if predictions.text is None:
+            return image.new_zeros(()), image
         # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
         said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
         targets = prefix[:, 1:].masked_fill(~said, -100)
         text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return text / said.sum().clamp_min(1), image
+
+    def _predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Predictions:
+        if isinstance(self.prior, GPTPrior):
+            return self.prior.predict(prefix, codes, order)
+        return self.prior.predict(prefix, codes)
+
+
+def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
+    """Codes with all but the share `pkeep` replaced by random ones (taming-transformers' `pkeep`)."""
+    kept = torch.rand(codes.shape, device=codes.device) < pkeep
+    return torch.where(kept, codes, torch.randint_like(codes, codebook_size))
+
+
+def random_order(rows: int, positions: int, raster_share: float, device: torch.device) -> Tensor:
+    """A permutation of the image positions for each row, (rows, S); of this share of them row after row."""
+    raster = torch.arange(positions, device=device).expand(rows, -1)
+    shuffled = torch.rand(rows, positions, device=device).argsort(1)
+    return torch.where(torch.rand(rows, 1, device=device) < raster_share, raster, shuffled)
+
+
+def raster_share(progress: float, annealing: tuple[float, float]) -> float:
+    """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
+    first, last = annealing
+    if progress < first:
+        return 0.0
+    return 1.0 if progress >= last else (progress - first) / (last - first)
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
@@ -78,10 +119,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
     run = Run(recipe.run, recipe)
     average = run.averaged("average", prior)
-    objective = run.prepare("prior", Objective(prior))
+    objective = run.prepare("prior", Objective(prior, recipe.pkeep))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
+    prior.activation_checkpointing = recipe.activation_checkpointing
+    text_weight = recipe.text_weight if isinstance(prior, GPTPrior) else 0.0
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
@@ -89,37 +132,47 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         dropped = torch.rand(len(batch.captions)) < recipe.condition_dropout
         texts = ["" if drop else caption for caption, drop in zip(batch.captions, dropped.tolist(), strict=True)]
         prefix = prior.pad([text_tokenizer.encode(text) for text in texts])  # (B, P)
+        order = None
+        if isinstance(prior, GPTPrior) and prior.config.order == "random":
+            share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)
+            order = random_order(len(prefix), prior.length // prior.num_codebooks, share, run.device)
         with run.autocast():
-            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
+            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device), order)
         image_loss = (depth_weights * depth_losses).sum()
-        loss = (recipe.text_weight * text_loss + image_loss) / (recipe.text_weight + 1)
+        loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
         run.log(loss=loss, text=text_loss, image=depth_losses.mean(), first=depth_losses[0])
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
-            assert isinstance(exported, GPTPrior)
+            assert isinstance(exported, Prior)
             exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
                 _sample(run, exported, image_tokenizer.to(run.device), recipe, codes)
     return folder
 
 
-def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> GPTPrior:
+def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer) -> GPTPrior | BartPrior:
     """A new prior for the codes, or the one that the recipe goes on from."""
     if recipe.prior is None:
-        config = GPTConfig(
-            codebook_size=codes.meta.codebook_size,
-            code_shape=codes.meta.code_shape,
-            text_vocab_size=text_tokenizer.vocab_size,
-            image_tokenizer_fingerprint=codes.meta.tokenizer_fingerprint,
-            text_tokenizer_fingerprint=text_tokenizer.fingerprint,
-            **recipe.model.model_dump(),
-        )
-        return GPTPrior(config, text_tokenizer)
+        sizes = recipe.model.model_dump() | {
+            "codebook_size": codes.meta.codebook_size,
+            "code_shape": codes.meta.code_shape,
+            "text_vocab_size": text_tokenizer.vocab_size,
+            "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
+            "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
+        }
+        match recipe.model:
+            case GPTSize():
+                return GPTPrior(validate(GPTConfig, sizes, where="model"), text_tokenizer)
+            case BartSize():
+                return BartPrior(validate(BartConfig, sizes, where="model"), text_tokenizer)
+            case _:
+                assert_never(recipe.model)
     prior = load_prior(recipe.prior, text_tokenizer)
-    assert isinstance(prior, GPTPrior)
+    if not isinstance(prior, GPTPrior | BartPrior):
+        raise InputError(f"the prior in {recipe.prior} is of type {type(prior).__name__}, which cannot be trained here")
     if prior.config.image_tokenizer_fingerprint != codes.meta.tokenizer_fingerprint:
         raise InputError(
             f"the prior in {recipe.prior} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, "
@@ -144,7 +197,7 @@ def _image_tokenizer(recipe: PriorRecipe, codes: Codes) -> Autoencoder | None:
     return tokenizer
 
 
-def _sample(run: Run, prior: GPTPrior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
+def _sample(run: Run, prior: Prior, tokenizer: Autoencoder, recipe: PriorRecipe, codes: Codes) -> None:
     """A picture for each of the prompts, the same seeds every time."""
     prompts = recipe.prompts or tuple(codes.captions[i][0] for i in range(0, len(codes), -(-len(codes) // 16)))
     drawn = sample(prior, prior.prefix(prompts), range(len(prompts)), recipe.sampling)

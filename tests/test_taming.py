@@ -1,10 +1,11 @@
-"""taming's transformers: logits and greedy codes equal transformers' GPT-2 with the same weights, by class and by map."""
+"""taming's transformers: logits and greedy codes equal transformers' GPT-2 of the same weights, by class and by map."""
 
 import json
 import pickle
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def gpt2(size: dict) -> GPT2LMHeadModel:
 
 def transformer_weights(model: GPT2LMHeadModel, looks_ahead: int = 0) -> dict[str, Tensor]:
     """The same weights under minGPT's names, with the masks that a checkpoint holds."""
-    theirs, depth = model.transformer, len(model.transformer.h)
+    theirs: Any = model.transformer
+    depth = len(theirs.h)
     positions = theirs.wpe.weight.shape[0]
     mask = torch.ones(positions, positions).tril()
     mask[:looks_ahead, :looks_ahead] = 1
@@ -61,11 +63,14 @@ def transformer_weights(model: GPT2LMHeadModel, looks_ahead: int = 0) -> dict[st
         for name, part in (("ln1", block.ln_1), ("ln2", block.ln_2)):
             weights |= {f"blocks.{layer}.{name}.{kind}": getattr(part, kind) for kind in ("weight", "bias")}
         # transformers' linear layers are (in, out), and queries, keys and values one layer
-        linear = dict(zip(("attn.query", "attn.key", "attn.value"), zip(
-            block.attn.c_attn.weight.chunk(3, 1), block.attn.c_attn.bias.chunk(3), strict=True), strict=True))  # fmt: skip
-        linear |= {"attn.proj": (block.attn.c_proj.weight, block.attn.c_proj.bias),
-                   "mlp.0": (block.mlp.c_fc.weight, block.mlp.c_fc.bias),
-                   "mlp.2": (block.mlp.c_proj.weight, block.mlp.c_proj.bias)}  # fmt: skip
+        qkv = block.attn.c_attn
+        linear = {
+            f"attn.{name}": (qkv.weight.chunk(3, 1)[i], qkv.bias.chunk(3)[i])
+            for i, name in enumerate(("query", "key", "value"))
+        }
+        for name, layer_of in (("attn.proj", block.attn), ("mlp.0", block.mlp), ("mlp.2", block.mlp)):
+            part = layer_of.c_fc if name == "mlp.0" else layer_of.c_proj
+            linear[name] = (part.weight, part.bias)
         for name, (weight, bias) in linear.items():
             weights |= {f"blocks.{layer}.{name}.weight": weight.T, f"blocks.{layer}.{name}.bias": bias}
         weights[f"blocks.{layer}.attn.mask"] = mask[None, None]
@@ -122,6 +127,7 @@ def conditions(prior: TamingPrior) -> tuple[Tensor, Tensor]:
     if prior.condition == "class":
         return prior.prefix(classes=[2, 8]), torch.tensor([[2], [8]])
     torch.manual_seed(2)
+    assert prior.config.segmentation_shape is not None
     codes = torch.randint(0, CODES, (2, *prior.config.segmentation_shape))
     return prior.prefix(segmentation=codes), codes.flatten(1)
 
@@ -321,14 +327,13 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     source = checkpoint(tmp_path / "theirs", size, "class", gpt2(size))
     file = source / "checkpoints" / "last.ckpt"
     module = types.ModuleType("pytorch_lightning_like")
+    ran = []
 
     class Callback:
         def __reduce__(self):
-            return (module.run, ("harm",))
+            return module.run, ("harm",)
 
-    ran: list[str] = []
-    module.run = ran.append  # type: ignore[attr-defined]
-    module.run = type("run", (), {"__module__": module.__name__, "__new__": lambda cls, word: ran.append(word)})  # type: ignore[attr-defined]
+    module.run = type("run", (), {"__module__": module.__name__, "__new__": lambda cls, word: ran.append(word)})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     content = torch.load(file) | {"callbacks": Callback()}
     torch.save(content, file, pickle_module=pickle)
