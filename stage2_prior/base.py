@@ -116,7 +116,7 @@ class Prior(nn.Module, ABC):
         raise NotImplementedError
 
     def segmentation_prefix(self, segmentation: Tensor) -> Tensor:
-        """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not those of a map of the prior's size."""
+        """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not of a map of its size."""
         raise NotImplementedError
 
     @abstractmethod

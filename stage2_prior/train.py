@@ -1,4 +1,4 @@
-"""Trains a prior on codes: `tessera train prior RECIPE.yaml` (the GPT: Ramesh et al. 2021, section 2.2)."""
+"""Trains a prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2; Dayma et al. 2021)."""
 
 from pathlib import Path
 from random import Random
@@ -14,6 +14,7 @@ from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
+from stage2_prior.bart import BartPrior, BartSize
 from stage2_prior.base import Condition, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.conditions import ConditionedPrior, condition_of
@@ -31,7 +32,7 @@ def _type(size: Any) -> str:
 
 
 AnySize = Annotated[
-    Annotated[GPTSize, Tag("gpt")] | Annotated[PixelCNNSize, Tag("pixelcnn")],
+    Annotated[GPTSize, Tag("gpt")] | Annotated[PixelCNNSize, Tag("pixelcnn")] | Annotated[BartSize, Tag("bart")],
     Discriminator(_type),
     BeforeValidator(with_preset),
 ]
@@ -43,7 +44,9 @@ class PriorRecipe(Config):
     text_tokenizer: Path | None = None  # for a condition of text
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: AnySize = GPTSize()  # `type: pixelcnn` for a PixelCNN; `preset: NAME` gives what is not named of a GPT
+    model: AnySize = (
+        GPTSize()
+    )  # `type: pixelcnn` or `bart`; `preset: NAME` gives what is not named of a GPT
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
@@ -59,12 +62,14 @@ class PriorRecipe(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PriorRecipe":
+        if self.text_weight and self.model.type != "gpt" and "text_weight" in self.model_fields_set:
+            raise ValueError(f"text_weight is for a model that foretells the text, and {self.model.type} only reads it")
         if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
             raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
         if self.prompts and self.condition != "text":
             raise ValueError(f"prompts are texts, and a prior of condition '{self.condition}' reads none")
-        if self.activation_checkpointing and self.model.type != "gpt":
-            raise ValueError("activation_checkpointing is for a model of type gpt")
+        if self.activation_checkpointing and self.model.type == "pixelcnn":
+            raise ValueError("activation_checkpointing is for a model of type gpt or bart")
         return self
 
 
@@ -131,7 +136,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
-    if isinstance(prior, GPTPrior):
+    if isinstance(prior, GPTPrior | BartPrior):
         prior.activation_checkpointing = recipe.activation_checkpointing
     says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
     text_weight = recipe.text_weight if says_text else 0.0
