@@ -126,16 +126,15 @@ CONTENDERS: dict[str, Callable[[Size, str], Contender]] = {
 }
 
 
-# `processor` leaves out the time in which others have it, for a machine that is shared; with one thread it is the wall's.
+# The processor's clock leaves out the time that others have it: for one thread on a machine that is shared.
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-clock = "wall"
 
 
 class Trainer:
     """Steps of one contender, timed."""
 
-    def __init__(self, contender: Contender, device: str, bfloat16: bool, compiled: bool) -> None:
-        self.contender, self.device, self.bfloat16 = contender, device, bfloat16
+    def __init__(self, contender: Contender, device: str, bfloat16: bool, compiled: bool, clock: str) -> None:
+        self.contender, self.device, self.bfloat16, self.now = contender, device, bfloat16, CLOCKS[clock]
         contender.model.train()
         if compiled:
             contender.model.compile()
@@ -144,18 +143,14 @@ class Trainer:
     def step(self) -> float:
         """Seconds of one step."""
         wait(self.device)
-        start = now()
+        start = self.now()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             loss = self.contender.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         wait(self.device)
-        return now() - start
-
-
-def now() -> float:
-    return CLOCKS[clock]()
+        return self.now() - start
 
 
 def wait(device: str) -> None:
@@ -163,7 +158,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_peak(device: str, dtype: torch.dtype, side: int) -> float:
+def matmul_peak(device: str, dtype: torch.dtype, side: int, now: Callable[[], float]) -> float:
     """FLOP/s of the fastest of five products of square matrices."""
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
     best = 0.0
@@ -192,7 +187,7 @@ def _measure(queue: Any, name: str, size: Size, device: str, bfloat16: bool, com
     import transformers  # noqa: F401  all contenders start from the same
 
     before = resident_peak()
-    trainer = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled)
+    trainer = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled, "wall")
     for _ in range(2):
         trainer.step()
     if device == "cuda":
@@ -213,12 +208,13 @@ def compare(names: list[str], size: Size, device: str, bfloat16: bool, arguments
     trainers = {}
     for name in names:
         torch.manual_seed(0)
-        trainers[name] = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled)
+        trainers[name] = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled, arguments.clock)
     for trainer in trainers.values():
         trainer.step()  # the first allocates, and compiles
     peaks, seconds = [], {name: [] for name in names}  # type: ignore[var-annotated]
     for _ in range(arguments.rounds):
-        peaks.append(matmul_peak(device, torch.bfloat16 if bfloat16 else torch.float32, arguments.peak_side))
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        peaks.append(matmul_peak(device, dtype, arguments.peak_side, CLOCKS[arguments.clock]))
         for name, trainer in trainers.items():
             seconds[name].append(trainer.step())
             print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
@@ -240,15 +236,12 @@ def compare(names: list[str], size: Size, device: str, bfloat16: bool, arguments
 
 
 def main() -> None:
-    global clock
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name, value in asdict(Size()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--clock", choices=list(CLOCKS), default=clock, help="of a CPU with one thread, `processor` too"
-    )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are counted by")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
@@ -256,10 +249,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = arguments.clock
     size = Size(**{name: getattr(arguments, name) for name in asdict(Size())})
     report: dict[str, Any] = {"size": asdict(size), "device": arguments.device, "threads": arguments.threads}
-    report["clock"] = clock
+    report["clock"] = arguments.clock
     report["float32"] = compare(arguments.only, size, arguments.device, False, arguments)
     if multiplies_bfloat16():
         report["bfloat16"] = compare(arguments.only, size, arguments.device, True, arguments)
