@@ -317,6 +317,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int) -> None:
         self.config, self.steps = config, steps
+        self.share = 1.0  # of the scheduled learning rates; a stage that finds them too high sets it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         muon = {id(p) for p in _block_matrices(model)} if config.type == "muon" else set()
         decayed = [p for p in self.parameters if p.ndim >= 2 and id(p) not in muon]
@@ -341,7 +342,7 @@ class Optimizers:
 
     def step(self, step: int) -> None:
         """One update at the learning rate of `step`, then gradients are cleared."""
-        factor = schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
+        factor = self.share * schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor

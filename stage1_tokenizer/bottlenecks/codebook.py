@@ -66,6 +66,7 @@ class Revival(nn.Module):
     def __init__(self, codebook_size: int, patience: int) -> None:
         super().__init__()
         self.patience = patience
+        self.revived = torch.zeros(0, dtype=torch.int64)  # the codes that came back in the last training step
         self.register_buffer("unused_steps", torch.zeros(codebook_size, dtype=torch.int64), persistent=True)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool), persistent=True)
 
@@ -86,6 +87,7 @@ class Revival(nn.Module):
             dead = (self.unused_steps >= self.patience).nonzero().flatten()
         self.started.fill_(True)
         self.unused_steps[dead] = 0
+        self.revived = dead
         choice = torch.randint(len(vectors), (len(dead),)).to(vectors.device)
         replacements = vectors[choice].clone()
         if dist.is_available() and dist.is_initialized():
