@@ -74,9 +74,13 @@ class Doctor:
     def __init__(self, config: DoctorConfig, bottleneck: Bottleneck, device: torch.device) -> None:
         assert bottleneck.codebook_size is not None
         self.config = config
-        self.revivals = [part for part in bottleneck.modules() if isinstance(part, Revival)]  # a codebook each, in order
+        self.revivals = [
+            part for part in bottleneck.modules() if isinstance(part, Revival)
+        ]  # a codebook each, in order
         shape = (config.window // config.every, max(bottleneck.codebook_of) + 1, bottleneck.codebook_size)
-        self.blocks = torch.zeros(shape, dtype=torch.int64, device=device)  # use between visits, the newest at visit % n
+        self.blocks = torch.zeros(
+            shape, dtype=torch.int64, device=device
+        )  # use between visits, the newest at visit % n
         self.counts = self.blocks.sum(0)  # (codebooks, K), use in the window of the last visit
         self.quality = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR and number of pictures
         self.revived = 0  # codes, since the last visit
@@ -196,7 +200,9 @@ class Doctor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["blocks"].shape != self.blocks.shape:
-            raise ValueError(f"its codes were counted as {tuple(state['blocks'].shape)}, not {tuple(self.blocks.shape)}")
+            raise ValueError(
+                f"its codes were counted as {tuple(state['blocks'].shape)}, not {tuple(self.blocks.shape)}"
+            )
         self.blocks.copy_(state["blocks"])
         self.counts = state["counts"].to(self.counts)
         self.quality.copy_(state["quality"])

@@ -30,7 +30,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 h2 { margin-top: 2rem } table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left }
 .codes { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0 } figcaption { font-size: 12px; color: #555 }
-img { image-rendering: pixelated; display: block } svg { background: #f6f6f6 } .charts { display: flex; flex-wrap: wrap; gap: 1rem }
+img { image-rendering: pixelated; display: block } svg { background: #f6f6f6 }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem }
 """
 
 Patches = dict[tuple[int, int], list[Image.Image]]  # (codebook, code) -> pixels that chose it
@@ -90,7 +91,8 @@ def page(doctor: Doctor, patches: Patches, step: int) -> str:
     counts = doctor.counts.cpu()
     books = [_book(number, row, patches, doctor.config.codes_shown) for number, row in enumerate(counts)]
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Codebook after {step} steps</title><style>{STYLE}</style></head><body>
+<html lang="en"><head><meta charset="utf-8"><title>Codebook after {step} steps</title><style>{STYLE}</style></head>
+<body>
 <h1>Codebook after {step:,} steps</h1>
 {_summary(doctor.visits, counts)}
 <div class="charts">
@@ -152,8 +154,8 @@ def _book(number: int, counts: Tensor, patches: Patches, shown: int) -> str:
     shares = counts[order].double() / counts.sum().clamp_min(1)
     half = int((shares.cumsum(0) < 0.5).sum()) + 1
     return (
-        f"<h2>Codebook {number}</h2><p>{len(used):,} of {len(counts):,} codes in use; half of all uses fall on {half:,} "
-        f"of them. From the most to the least used{left_out}:</p><div class='codes'>{figures}</div>"
+        f"<h2>Codebook {number}</h2><p>{len(used):,} of {len(counts):,} codes in use; half of all uses fall on "
+        f"{half:,} of them. From the most to the least used{left_out}:</p><div class='codes'>{figures}</div>"
     )
 
 

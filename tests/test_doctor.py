@@ -143,7 +143,7 @@ def test_all_that_the_doctor_knows_is_in_its_state(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Pictures with smooth colours, and a recipe built to collapse: plain VQ, far more codes than survive, no revival."""
+    """Pictures with smooth colours, and a recipe built to collapse: plain VQ, far more codes than live, no revival."""
     root = tmp_path_factory.mktemp("world")
     random = np.random.default_rng(0)
     for i in range(32):
