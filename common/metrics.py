@@ -22,7 +22,7 @@ def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
 def perplexity(counts: Tensor) -> float:
     """exp of the entropy of code use, mean over the codebooks: K when all codes are used alike, 1 when one is.
 
-    `counts` is (Q, K) as `code_counts` gives it.
+    `counts` is (codebooks, K).
     """
     probabilities = counts.double() / counts.sum(1, keepdim=True)
     return float(torch.exp(torch.special.entr(probabilities).sum(1)).mean())

@@ -2,7 +2,8 @@
 
 A run is a folder: `recipe.yaml`, `checkpoints/`, `samples/`, `logs/` (TensorBoard), `metrics.jsonl`. Started again with
 the same recipe it goes on from its newest checkpoint, and on CPU it ends bit-equal to a run that was never interrupted:
-data order, random numbers and schedules are pure functions of (seed, step), all else is in the checkpoint.
+data order, random numbers and schedules are pure functions of (seed, step), all else is in the checkpoint. A loss that
+is no longer finite stops it, with the batch of that step saved as `not-finite-STEP.safetensors`.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -87,6 +89,7 @@ class Run:
         self._counts: dict[str, int] = {}
         self._skipped = 0
         self._drawn = 0
+        self._batch: object = None  # of the step under way
         self._start_folder(recipe)
 
     # Set-up ----------------------------------------------------------------------------------------------------------
@@ -138,6 +141,7 @@ class Run:
         for batch in step_loader(steps, first, self.config.steps, self.config.num_workers):
             self._note_skipped(batch)
             self._seed()
+            self._batch = batch
             yield batch
             self.step += 1
             bar.update()
@@ -280,11 +284,34 @@ class Run:
             file.write(json.dumps({"step": self.step, **scalars}) + "\n")
 
     def _stop_not_finite(self, loss: Tensor, norm: Tensor) -> None:
+        path, broken = self._save_batch(loss, norm)
+        cause = (
+            f"{', '.join(broken)} in the batch is not finite either: mend the data"
+            if broken
+            else "lower optimizer.learning_rate or use run.precision=float32, and start again"
+        )
         raise TrainingError(
             f"step {self.step}: the loss is {loss.item():.4g} and its gradient norm {norm.item():.4g}, not finite; "
-            f"the checkpoints in {self.folder / 'checkpoints'} are from before: "
-            "lower optimizer.learning_rate or use run.precision=float32, and start again"
+            f"the batch is in {path}, the checkpoints in {self.folder / 'checkpoints'} are from before: {cause}"
         )
+
+    def _save_batch(self, loss: Tensor, norm: Tensor) -> tuple[Path, list[str]]:
+        """Writes the batch of this step: its tensors, all else as JSON in the file's metadata.
+
+        Returns the file, one for each process, and the names of tensors that hold numbers that are not finite.
+        """
+        rank = self.accelerator.process_index
+        path = self.folder / f"not-finite-{self.step:07d}{f'-{rank}' if rank else ''}.safetensors"
+        fields = self._batch._asdict() if hasattr(self._batch, "_asdict") else {"batch": self._batch}
+        tensors = {name: value.contiguous() for name, value in fields.items() if isinstance(value, Tensor)}
+        other = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
+        facts = {"step": self.step, "loss": str(loss.item()), "gradient_norm": str(norm.item()), **other}
+        metadata = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in facts.items()}
+        try:
+            save_file(tensors, path, metadata)
+        except OSError as error:  # that the loss is not finite is the news, even where the disk is full
+            self.say(f"the batch could not be written to {path}: {error}")
+        return path, [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
 
 class Optimizers:
@@ -297,6 +324,7 @@ class Optimizers:
         self, model: nn.Module, config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
     ) -> None:
         self.config, self.steps = config, steps
+        self.share = 1.0  # of the scheduled learning rates; a stage that finds them too high sets it
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         muon = {id(p) for p in _block_matrices(model)} if config.type == "muon" else set()
         groups: list[dict[str, Any]] = []
@@ -324,7 +352,7 @@ class Optimizers:
 
     def step(self, step: int) -> None:
         """One update at the learning rate of `step`, then gradients are cleared."""
-        factor = schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
+        factor = self.share * schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0) * factor

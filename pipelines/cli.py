@@ -340,6 +340,9 @@ def reconstruct(
     size: Annotated[
         int | None, typer.Option(min=1, help="Cut pictures to this side first; their own when left out.")
     ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Go through large pictures in parts of this side: less memory, slower.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode and decode pictures and write each beside what came back."""
@@ -347,7 +350,7 @@ def reconstruct(
     from stage1_tokenizer.reconstruct import reconstruct as run
 
     start = time.perf_counter()
-    done = run(images, model or find_bundle("emoji") / "image_tokenizer", output, size)
+    done = run(images, model or find_bundle("emoji") / "image_tokenizer", output, size, tile)
     if as_json:
         _print_json([one._asdict() for one in done])
     else:

@@ -1,5 +1,7 @@
 """The image tokenizer: encoder, bottleneck, decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
 
+`tile` bounds the memory that large pictures take, at the price of time: see tiling.py.
+
 With a continuous bottleneck (a plain or a variational autoencoder) there are latents but no codes: what asks for codes
 is refused, `encode_latents` and `decode_latents` serve any kind.
 
@@ -22,6 +24,7 @@ from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
 from stage1_tokenizer.losses.pixels import PixelKind, channels, to_images
 from stage1_tokenizer.movq import MoVQDecoder
 from stage1_tokenizer.patches import PatchEncoder
+from stage1_tokenizer.tiling import decode_tiles, encode_tiles
 
 
 def _trunk_kind(trunk: Any) -> str:
@@ -103,15 +106,15 @@ class Autoencoder(nn.Module):
         return Autoencoded(to_images(output, self.config.pixels), bottlenecked.codes, bottlenecked.loss, output)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, tile: int | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1], sides divisible by `factor` -> codes (B, Q, h, w) int64."""
         self._need_codes()
-        codes = self._bottlenecked(images).codes
+        codes = self._bottlenecked(images, tile).codes
         assert codes is not None
         return codes
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, tile: int | None = None) -> Tensor:
         """Codes (B, Q, h, w) int64 -> images (B, 3, H, W) float in [-1, 1]."""
         self._need_codes()
         if codes.ndim != 4 or codes.shape[1] != self.bottleneck.num_codebooks:
@@ -120,32 +123,34 @@ class Autoencoder(nn.Module):
             raise InputError(
                 f"codes must be in [0, {self.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
             )
-        return self.decode_latents(self.bottleneck.lookup(codes))
+        return self.decode_latents(self.bottleneck.lookup(codes), tile)
 
     @torch.no_grad()
-    def encode_latents(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor, tile: int | None = None) -> Tensor:
         """(B, 3, H, W) float in [-1, 1], sides divisible by `factor` -> what the decoder reads, (B, D, H / f, W / f).
 
         With codes these are the vectors of the codes, with a variational autoencoder in eval mode the means.
         """
-        return self._bottlenecked(images).latents
+        return self._bottlenecked(images, tile).latents
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Latents (B, D, H / f, W / f) of a trunk with factor f -> images (B, 3, H, W) float in [-1, 1]."""
         dim = self.config.trunk.decoder_dim
         if latents.ndim != 4 or latents.shape[1] != dim:
             raise InputError(f"latents must be (B, {dim}, h, w), got {tuple(latents.shape)}")
-        return to_images(self.decoder(latents), self.config.pixels).clamp(-1, 1)
+        output = self.decoder(latents) if tile is None else decode_tiles(self.decoder, latents, tile)
+        return to_images(output, self.config.pixels).clamp(-1, 1)
 
-    def _bottlenecked(self, images: Tensor) -> Bottlenecked:
+    def _bottlenecked(self, images: Tensor, tile: int | None) -> Bottlenecked:
         colours = self.config.trunk.image_channels
         if images.ndim != 4 or images.shape[1] != colours or any(side % self.factor for side in images.shape[2:]):
             raise InputError(
                 f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, "
                 f"got {tuple(images.shape)}"
             )
-        z = self.encoder(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        z = self.encoder(images) if tile is None else encode_tiles(self.encoder, images, tile)
         return self.bottleneck(z.float())
 
     def _need_codes(self) -> None:

@@ -69,10 +69,14 @@ class DVAEEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_dim, 1) if config.latent_dim else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in((images + 1) / 2 * (1 - 2 * EPSILON) + EPSILON)
+        x = self.conv_in(self.squeeze(images))
         for i, group in enumerate(self.groups):
             x = group(F.max_pool2d(x, 2) if i > 0 else x)
         return self.conv_out(x.relu())
+
+    def squeeze(self, images: Tensor) -> Tensor:
+        """[-1, 1] -> [0.1, 0.9]"""
+        return (images + 1) / 2 * (1 - 2 * EPSILON) + EPSILON
 
 
 class DVAEDecoder(nn.Module):

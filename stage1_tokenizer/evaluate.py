@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common.data import ImageFolder
 from common.errors import InputError
-from common.metrics import code_counts, frechet_distance, perplexity, psnr, ssim
+from common.metrics import frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
 from stage1_tokenizer.losses.perceptual import LPIPS, CLIPFeatures
@@ -95,7 +95,7 @@ def evaluate(
     if (clip or inception_weights) and len(images) < FEWEST:
         raise InputError(f"{data} has {len(images)} picture, a Fréchet distance needs at least {FEWEST}; give more")
     measures = Measures(clip, lpips, inception_weights, device)
-    counts = torch.zeros((), dtype=torch.int64, device=device)  # (Q, K) once there are codes
+    counts = torch.zeros((), dtype=torch.int64, device=device)  # (codebooks, K) once there are codes
     seconds = 0.0
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
@@ -104,7 +104,7 @@ def evaluate(
             decoded = tokenizer.decode_latents(tokenizer.encode_latents(batch))
         else:
             codes = tokenizer.encode(batch)
-            counts = counts + code_counts(codes, tokenizer.codebook_size)
+            counts = counts + tokenizer.bottleneck.count(codes)
             decoded = tokenizer.decode(codes)
         seconds += time.perf_counter() - start
         measures.add(decoded, batch)

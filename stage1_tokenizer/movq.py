@@ -41,7 +41,7 @@ class MoVQDecoder(nn.Module):
         for layers in (self.middle, *self.levels):
             for layer in layers:
                 x = layer(x) if isinstance(layer, Upsample) else layer(x, latents)
-        return self.conv_out(F.silu(self.norm_out(x, latents)))
+        return self.conv_out(F.silu(self.norm_out(x, latents), inplace=True))
 
 
 class ModulatedNorm(nn.Module):
@@ -70,8 +70,8 @@ class ModulatedBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, latents)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h, latents)))
+        h = self.conv1(F.silu(self.norm1(x, latents), inplace=True))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h, latents), inplace=True))
 
 
 class ModulatedAttention(nn.Module):

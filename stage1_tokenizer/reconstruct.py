@@ -14,7 +14,7 @@ from common.images import fit, open_image, save_png, to_pil, to_tensor
 from common.metrics import psnr
 from stage1_tokenizer.autoencoder import Autoencoder
 
-MOST_PIXELS = 2**22  # of a picture at once; attention at the code grid grows with the square of them
+MOST_PIXELS = 2**22  # of a picture at once, without tiles; attention at the code grid grows with the square of them
 
 
 class Reconstruction(NamedTuple):
@@ -27,19 +27,25 @@ class Reconstruction(NamedTuple):
 
 @torch.inference_mode()
 def reconstruct(
-    images: Sequence[str | Path], model: str | Path, output: str | Path, size: int | None = None
+    images: Sequence[str | Path],
+    model: str | Path,
+    output: str | Path,
+    size: int | None = None,
+    tile: int | None = None,
 ) -> list[Reconstruction]:
     """Encodes and decodes each picture at its own size, or cut to `size` x `size`, and writes both into `output`.
 
     A side that the tokenizer's factor does not divide is continued by its last pixels, which are cut off again.
+    `tile` bounds the memory that large pictures take, see tiling.py.
     Raises InputError for a broken or a too large picture, before anything is written.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     opened = [open_image(path) if size is None else fit(open_image(path), size) for path in images]
     for path, image in zip(images, opened, strict=True):
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > MOST_PIXELS and tile is None:
             raise InputError(
-                f"{path} has {image.width} x {image.height} pixels, at most {MOST_PIXELS:,} fit at once; give --size"
+                f"{path} has {image.width} x {image.height} pixels, at most {MOST_PIXELS:,} fit at once; "
+                "give --tile 512 to go through it in parts, or --size"
             )
     folder = Path(output)
     try:
@@ -49,7 +55,7 @@ def reconstruct(
     results = []
     for number, (path, image) in enumerate(zip(images, opened, strict=True)):
         original = to_tensor(image).unsqueeze(0)
-        again = through(tokenizer, original)
+        again = through(tokenizer, original, tile)
         target = folder / f"{number:04d}-{Path(path).stem}.png"
         save_png(beside(image, to_pil(again)[0]), target)
         figure = float(psnr(again, original))
@@ -57,12 +63,12 @@ def reconstruct(
     return results
 
 
-def through(tokenizer: Autoencoder, images: Tensor) -> Tensor:
+def through(tokenizer: Autoencoder, images: Tensor, tile: int | None = None) -> Tensor:
     """Encoded and decoded, for sides of any length: (B, 3, H, W) in [-1, 1] -> the same."""
     height, width = images.shape[2:]
     padding = (0, -width % tokenizer.factor, 0, -height % tokenizer.factor)
-    latents = tokenizer.encode_latents(F.pad(images, padding, mode="replicate"))  # with or without codes
-    decoded = tokenizer.decode_latents(latents)
+    latents = tokenizer.encode_latents(F.pad(images, padding, mode="replicate"), tile)  # with or without codes
+    decoded = tokenizer.decode_latents(latents, tile)
     return decoded[:, :, :height, :width]
 
 

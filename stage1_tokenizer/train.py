@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
-from common.metrics import code_counts, perplexity, psnr
+from common.metrics import perplexity, psnr
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer.autoencoder import Autoencoded, Autoencoder, AutoencoderConfig
+from stage1_tokenizer.doctor import Doctor, DoctorConfig
+from stage1_tokenizer.doctor_page import exemplars, write_page
 from stage1_tokenizer.losses.adversarial import (
     AdversarialKind,
     LeCam,
@@ -49,6 +51,7 @@ class TokenizerRecipe(Config):
     data: DataConfig
     model: AutoencoderConfig
     loss: LossConfig = LossConfig()
+    doctor: DoctorConfig = DoctorConfig()  # of the codebook; a continuous bottleneck has none
     optimizer: OptimizerConfig = OptimizerConfig()
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, betas=(0.5, 0.9))
     run: RunConfig
@@ -86,6 +89,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     losses, lecam = adversarial_losses(recipe.loss.adversarial), LeCam().to(run.device)
     if recipe.loss.lecam_weight > 0:
         run.state["lecam"] = lecam
+    doctor = None if bare.continuous else Doctor(recipe.doctor, bare.bottleneck, run.device)
+    if doctor is not None:
+        run.state["doctor"] = doctor
     perceptual = build_perceptual(recipe.loss.perceptual).to(run.device) if recipe.loss.perceptual else None
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
@@ -96,6 +102,9 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             fix_codes(bare, average.module if run.step == recipe.loss.decoder_only_from else None)
         adversarial = recipe.loss.adversarial_weight > 0 and run.step >= recipe.loss.adversarial_from
         adversarial_weight = recipe.loss.adversarial_weight * adversarial_share(run.step, recipe.loss)
+        if doctor is not None:
+            doctor.treat(optimizers)
+            adversarial_weight *= doctor.adversarial_share
 
         # The autoencoder learns to reconstruct and, later on, to fool the discriminator.
         with run.autocast():
@@ -132,19 +141,42 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             run.update(discriminator_optimizers, discriminator_loss)
             run.log(discriminator=discriminator_loss)
 
-        run.log(
-            loss=loss,
-            bottleneck=output.bottleneck_loss,
-            psnr=psnr(output.images.detach(), images.detach()).mean(),
-        )
+        quality = psnr(output.images.detach(), images.detach())  # (B,)
+        run.log(loss=loss, bottleneck=output.bottleneck_loss, psnr=quality.mean())
         if output.codes is not None:
-            run.log(perplexity=perplexity(code_counts(output.codes, bare.codebook_size)))
+            run.log(perplexity=perplexity(bare.bottleneck.count(output.codes)))
+        if doctor is not None:
+            assert output.codes is not None
+            doctor.observe(bare.bottleneck, output.codes, quality)
+            if run.due_after(recipe.doctor.every):
+                _visit(run, doctor, bare, adversarial_weight > 0, recipe.loss)
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
             assert isinstance(exported, Autoencoder)
             _sample(run, exported, validation)
             exported.save_pretrained(folder, dtype=torch.float16)
+            if doctor is not None:
+                write_page(run.folder / "doctor.html", doctor, exemplars(bare, data), run.step + 1)
     return folder
+
+
+def _visit(run: Run, doctor: Doctor, autoencoder: Autoencoder, adversarial: bool, config: LossConfig) -> None:
+    """The doctor's visit after the step under way: figures to the log, what it does and why to the terminal too."""
+    before = len(doctor.actions)
+    compared_from = config.perceptual_from if run.step >= config.perceptual_from and config.perceptual else 0
+    found = doctor.visit(run.step + 1, autoencoder.bottleneck, adversarial, compared_from)
+    run.log_now(
+        **{
+            "codebook/used": found.used,
+            "codebook/perplexity": found.perplexity,
+            "codebook/dead": found.dead,
+            "codebook/revived": found.revived,
+            "doctor/learning_rate_share": doctor.learning_rate_share,
+            "doctor/adversarial_share": doctor.adversarial_share,
+        }
+    )
+    for action in doctor.actions[before:]:
+        run.say(f"doctor, step {action.step}: {action.what}, because {action.why}")
 
 
 def fix_codes(autoencoder: Autoencoder, averaged: nn.Module | None) -> None:

@@ -45,6 +45,18 @@ def test_too_large_a_picture_is_refused_before_anything_is_written(tiny_parts, p
     assert cli.main(["reconstruct", *images, *model, "--size", "16"]) == 0
 
 
+def test_too_large_a_picture_comes_back_in_parts(tiny_parts, pictures, tmp_path, monkeypatch):
+    model = ["--model", str(tiny_parts / "image_tokenizer")]
+    images = [str(path) for path in pictures[:4]]  # sizes that neither the factor nor the tile divides
+    assert cli.main(["reconstruct", *images, *model, "-o", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr("stage1_tokenizer.reconstruct.MOST_PIXELS", 100)
+    assert cli.main(["reconstruct", *images, *model, "-o", str(tmp_path / "none")]) == 2
+    assert cli.main(["reconstruct", *images, *model, "-o", str(tmp_path / "parts"), "--tile", "6"]) == 0
+    for path in sorted((tmp_path / "whole").iterdir()):
+        whole, parts = (np.asarray(Image.open(p), dtype=int) for p in (path, tmp_path / "parts" / path.name))
+        assert (np.abs(whole - parts) <= 1).mean() > 0.99  # but for codes that are as near within rounding
+
+
 def test_pictures_of_16_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "deep.png")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import rerank.train
@@ -125,6 +126,42 @@ def test_not_a_number_stops_with_the_step_and_keeps_the_checkpoint(world, tmp_pa
         stage2_prior.train.train(world / "prior.yaml", overrides)
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     assert torch.load(newest, weights_only=True)["step"] >= 1
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "reranker", "prior"])
+def test_not_a_number_leaves_its_batch(world, tmp_path, monkeypatch, stage):
+    train = {
+        "tokenizer": stage1_tokenizer.train.train,
+        "reranker": rerank.train.train,
+        "prior": stage2_prior.train.train,
+    }[stage]
+    seen, update = [], Run.update
+
+    def bad_in_step_2(self, optimizers, loss):
+        seen.append(self._batch)
+        update(self, optimizers, loss * torch.nan if self.step == 2 else loss)
+
+    monkeypatch.setattr(Run, "update", bad_in_step_2)
+    with pytest.raises(TrainingError, match=r"step 2: the loss is nan.*not-finite-0000002.safetensors.*learning_rate"):
+        train(world / f"{stage}.yaml", [f"run.output={tmp_path}/run"])
+    path = tmp_path / "run" / "not-finite-0000002.safetensors"
+    name = "codes" if stage == "prior" else "images"
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor(name), getattr(seen[-1], name))
+        facts = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert facts["captions"] == seen[-1].captions and facts["step"] == 2 and facts["loss"] == "nan"
+
+
+def test_a_batch_that_is_itself_not_finite_is_named(world, tmp_path, monkeypatch):
+    batch = stage1_tokenizer.train.ImageFolder.batch
+
+    def spoiled(self, *arguments):
+        drawn = batch(self, *arguments)
+        return drawn._replace(images=drawn.images.index_fill(0, torch.tensor([1]), torch.inf))
+
+    monkeypatch.setattr(stage1_tokenizer.train.ImageFolder, "batch", spoiled)
+    with pytest.raises(TrainingError, match="step 0: .* images in the batch is not finite either: mend the data"):
+        stage1_tokenizer.train.train(world / "tokenizer.yaml", [f"run.output={tmp_path}/run"])
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):

@@ -7,9 +7,11 @@ the latents for every kind but one: see `stride`.
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.metrics import code_counts
 
 
 class Bottlenecked(NamedTuple):
@@ -24,6 +26,18 @@ class Bottleneck(nn.Module, ABC):
     codebook_size: int | None  # K; None when continuous
     num_codebooks: int  # Q; 0 when continuous
     stride: int = 1  # positions of the latents for one position of the codes, each side
+
+    @property
+    def codebook_of(self) -> tuple[int, ...]:
+        """Which codebook each of the Q codes of a position is of: a codebook each, for every kind but one."""
+        return tuple(range(self.num_codebooks))
+
+    def count(self, codes: Tensor) -> Tensor:
+        """How often each code of each codebook occurs: (B, Q, h / stride, w / stride) -> (codebooks, K) int64."""
+        assert self.codebook_size is not None
+        books = torch.tensor(self.codebook_of, device=codes.device)
+        counts = codes.new_zeros(int(books.max()) + 1, self.codebook_size)
+        return counts.index_add_(0, books, code_counts(codes, self.codebook_size))
 
     @abstractmethod
     def forward(self, z: Tensor) -> Bottlenecked:

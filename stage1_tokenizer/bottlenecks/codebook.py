@@ -7,13 +7,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST_DISTANCES = 2**26  # at once, 256 MiB of them; large pictures with large codebooks have more
 Gradient = Literal["straight-through", "rotation"]  # how the decoder's gradient comes past the nearest code
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """(N, D), (K, D) -> (N,) int64: the code with the least Euclidean distance; the lowest of equals."""
     # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, and |v|^2 does not change which c is nearest
-    return (codebook.square().sum(1) - 2 * vectors @ codebook.T).argmin(1)
+    squares = codebook.square().sum(1)
+    parts = vectors.split(max(1, MOST_DISTANCES // len(codebook)))
+    return torch.cat([(squares - 2 * part @ codebook.T).argmin(1) for part in parts])
 
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
@@ -66,6 +69,7 @@ class Revival(nn.Module):
     def __init__(self, codebook_size: int, patience: int) -> None:
         super().__init__()
         self.patience = patience
+        self.revived = torch.zeros(0, dtype=torch.int64)  # the codes that came back in the last training step
         self.register_buffer("unused_steps", torch.zeros(codebook_size, dtype=torch.int64), persistent=True)
         self.register_buffer("started", torch.zeros((), dtype=torch.bool), persistent=True)
 
@@ -86,6 +90,7 @@ class Revival(nn.Module):
             dead = (self.unused_steps >= self.patience).nonzero().flatten()
         self.started.fill_(True)
         self.unused_steps[dead] = 0
+        self.revived = dead
         choice = torch.randint(len(vectors), (len(dead),)).to(vectors.device)
         replacements = vectors[choice].clone()
         if dist.is_available() and dist.is_initialized():
