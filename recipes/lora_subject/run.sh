@@ -2,16 +2,16 @@
 # Teaches the shipped model a new subject from twenty pictures, and measures what it learned and what it forgot.
 #
 #   pip install -e '.[emoji,lora,track]'; apt-get install fonts-noto-color-emoji
-#   recipes/lora-subject/run.sh
+#   recipes/lora_subject/run.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-here=recipes/lora-subject runs=runs/lora-subject
+here=recipes/lora_subject runs=runs/lora_subject
 
 [[ -f data/emoji/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji
-[[ -f data/lora-subject/prompts.jsonl ]] || python $here/prepare.py
+[[ -f data/lora_subject/prompts.jsonl ]] || python $here/prepare.py
 tessera encode $here/codes.yaml
-tessera encode $here/codes.yaml data.folder=data/lora-subject/known output=$runs/known
-tessera encode $here/codes.yaml data.folder=data/lora-subject/known data.split=check output=$runs/check
+tessera encode $here/codes.yaml data.folder=data/lora_subject/known output=$runs/known
+tessera encode $here/codes.yaml data.folder=data/lora_subject/known data.split=check output=$runs/check
 tessera encode $here/codes.yaml data.folder=data/emoji data.split=tone output=$runs/tone
 tessera finetune prior $here/lora.yaml
 tessera merge emoji --lora $runs/lora/model --out $runs/bundle

@@ -1,6 +1,6 @@
 """Before (above) and after (below): for each prompt the best of 4 candidates as the reranker orders them, none picked.
 
-python recipes/lora-subject/pictures.py recipes/lora-subject/pictures.png
+python recipes/lora_subject/pictures.py recipes/lora_subject/pictures.png
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 from common.images import contact_sheet
 from pipelines import TextToImagePipeline
 
-LORA = "runs/lora-subject/lora/model"
+LORA = "runs/lora_subject/lora/model"
 PROMPTS = [
     "a tessie",
     "a tessie on a red background",

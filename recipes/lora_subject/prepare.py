@@ -1,6 +1,6 @@
 """Twenty pictures of a thing that no emoji shows, and what it takes to see whether a LoRA learned it and what it cost.
 
-    python recipes/lora-subject/prepare.py --emoji data/emoji --out data/lora-subject
+    python recipes/lora_subject/prepare.py --emoji data/emoji --out data/lora_subject
 
 The thing is a "tessie", a small beast of mosaic tiles, drawn here. Into OUT go
 
@@ -160,7 +160,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emoji", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--out", type=Path, default=Path("data/lora-subject"))
+    parser.add_argument("--out", type=Path, default=Path("data/lora_subject"))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
