@@ -142,7 +142,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(loss=loss, text=text_loss, image=depth_losses.mean(), first=depth_losses[0])
+        foretold = {"text": text_loss} if isinstance(prior, GPTPrior) else {}
+        run.log(loss=loss, **foretold, image=depth_losses.mean(), first=depth_losses[0])
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
