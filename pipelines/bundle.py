@@ -5,6 +5,7 @@
     text_tokenizer/         tokenizer.json; may be absent
     prior/                  config.json, model.safetensors
     reranker/               open_clip's `local-dir` layout; may be absent
+    segmentation_tokenizer/ as image_tokenizer/, of a prior that draws from segmentation maps
 
 Each part loads alone. Loading the whole compares every file with the index first, so that a missing, truncated or
 swapped one is a sentence with its name, and then what the prior says it was trained on with what is there.
@@ -30,11 +31,11 @@ from common.weights import find_folder, fingerprint, new_folder, write_json
 from rerank.clip import WEIGHT_FILE, ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
-from stage2_prior.base import Prior
+from stage2_prior.base import CONDITIONS, Prior
 
 INDEX = "model_index.json"
 SHIPPED = Path(__file__).parent / "bundles"
-PARTS = ("image_tokenizer", "text_tokenizer", "prior", "reranker")
+PARTS = ("image_tokenizer", "text_tokenizer", "prior", "reranker", "segmentation_tokenizer")
 SUFFIXES = (".json", ".safetensors", ".txt", ".model")  # of the files of a part; the last two are of foreign tokenizers
 
 
@@ -44,6 +45,7 @@ class Fingerprints(Config):
     image_tokenizer: str  # encoder and codebook; the prior's config names it too
     text_tokenizer: str | None  # merges; the prior's config names it too
     reranker: str | None  # weights, tokenizer and preprocessing
+    segmentation_tokenizer: str | None = None  # as image_tokenizer
 
 
 class BundleIndex(Config):
@@ -64,6 +66,7 @@ class Bundle(NamedTuple):
     reranker: ClipReranker | None
     sampling: Sampling
     fingerprint: str
+    segmentation_tokenizer: Autoencoder | None
 
 
 def load_bundle(
@@ -89,9 +92,13 @@ def load_bundle(
     reranker = None
     if rerank and index.fingerprints.reranker is not None:
         reranker = ClipReranker.from_pretrained(folder / "reranker", device=device, dtype=dtype)
+    segmentation_tokenizer = None
+    if index.fingerprints.segmentation_tokenizer is not None:
+        segmentation_tokenizer = Autoencoder.from_pretrained(folder / "segmentation_tokenizer")
+        segmentation_tokenizer.to(device=device)  # codes are better read in full precision, and it is done once
     image_tokenizer.to(device=device, dtype=dtype)
     prior.to(device=device, dtype=dtype)
-    return Bundle(image_tokenizer, prior, reranker, index.sampling, _fingerprint(index))
+    return Bundle(image_tokenizer, prior, reranker, index.sampling, _fingerprint(index), segmentation_tokenizer)
 
 
 def find_bundle(name: str | Path) -> Path:
@@ -138,6 +145,7 @@ def assemble_bundle(
     prior: str | Path,
     text_tokenizer: str | Path | None,
     reranker: str | Path | None = None,
+    segmentation_tokenizer: str | Path | None = None,
     sampling: Sampling | None = None,
 ) -> Path:
     """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
@@ -146,7 +154,8 @@ def assemble_bundle(
     InputError when a part is broken, when parts do not fit together, or when `out` is a folder with something else.
     """
     out = new_bundle(out)
-    folders = dict(zip(PARTS, (image_tokenizer, text_tokenizer, prior, reranker), strict=True))
+    parts = (image_tokenizer, text_tokenizer, prior, reranker, segmentation_tokenizer)
+    folders = dict(zip(PARTS, parts, strict=True))
     found = {part: find_folder(source) for part, source in folders.items() if source is not None}
     fingerprints = _check_parts(found)
     with new_folder(out) as new:
@@ -176,6 +185,7 @@ def save_bundle(
     prior: Prior,
     reranker: ClipReranker | None = None,
     sampling: Sampling | None = None,
+    segmentation_tokenizer: Autoencoder | None = None,
 ) -> Path:
     """Writes the parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
     if prior.text_tokenizer is None and prior.config.text_tokenizer_fingerprint:
@@ -188,12 +198,15 @@ def save_bundle(
         prior.save_pretrained(folder / "prior")
         if reranker is not None:
             reranker.save_pretrained(folder / "reranker")
+        if segmentation_tokenizer is not None:
+            segmentation_tokenizer.save_pretrained(folder / "segmentation_tokenizer")
         return assemble_bundle(
             out,
             image_tokenizer=folder / "image_tokenizer",
             text_tokenizer=folder / "text_tokenizer" if prior.text_tokenizer is not None else None,
             prior=folder / "prior",
             reranker=folder / "reranker" if reranker is not None else None,
+            segmentation_tokenizer=folder / "segmentation_tokenizer" if segmentation_tokenizer is not None else None,
             sampling=sampling,
         )
 
@@ -202,9 +215,16 @@ def _check_parts(folders: dict[str, Path]) -> Fingerprints:
     """Loads every part, so that a bundle is never made of broken ones. Raises InputError."""
     text = TextTokenizer.from_pretrained(folders["text_tokenizer"]) if "text_tokenizer" in folders else None
     images = Autoencoder.from_pretrained(folders["image_tokenizer"])
-    _check_pair(images, load_prior(folders["prior"], text), folders["image_tokenizer"], folders["prior"])
+    prior = load_prior(folders["prior"], text)
+    _check_pair(images, prior, folders["image_tokenizer"], folders["prior"])
+    maps = _check_segmentation(prior, folders)
     reranker = None
     if "reranker" in folders:
+        if prior.condition != "text":
+            raise InputError(
+                f"a reranker compares pictures with text, and the prior in {folders['prior']} draws from "
+                f"{CONDITIONS[prior.condition]}; leave the reranker out"
+            )
         reranker = ClipReranker.from_pretrained(folders["reranker"]).fingerprint
         if not (folders["reranker"] / WEIGHT_FILE).is_file():
             raise InputError(f"{folders['reranker']} has no {WEIGHT_FILE}; write it with ClipReranker.save_pretrained")
@@ -212,7 +232,21 @@ def _check_parts(folders: dict[str, Path]) -> Fingerprints:
         image_tokenizer=images.fingerprint,
         text_tokenizer=text.fingerprint if text is not None else None,
         reranker=reranker,
+        segmentation_tokenizer=maps,
     )
+
+
+def _check_segmentation(prior: Prior, folders: dict[str, Path]) -> str | None:
+    """The fingerprint of the tokenizer of segmentation maps. Raises InputError unless the prior reads its codes."""
+    expected, found = prior.config.segmentation_tokenizer_fingerprint or None, None
+    if "segmentation_tokenizer" in folders:
+        found = Autoencoder.from_pretrained(folders["segmentation_tokenizer"]).fingerprint
+    if found != expected:
+        raise InputError(
+            f"the prior in {folders['prior']} reads codes of segmentation tokenizer {expected or 'none'}, got "
+            f"{found or 'none'}; put those together that belong together"
+        )
+    return found
 
 
 def _copy_part(part: str, source: Path, target: Path) -> None:

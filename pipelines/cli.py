@@ -105,6 +105,12 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several are fine.")
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="JSONL file with more prompts.")] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", help="Label to draw, in place of text; several are fine.")
+    ] = None,
+    segmentations: Annotated[
+        list[Path] | None, typer.Option("--segmentation", help="Map to draw, a picture of labels; several are fine.")
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option("-n", "--num-images", help="Pictures to keep of each prompt.  [default: 4]")
     ] = None,
@@ -131,15 +137,22 @@ def generate(
 ) -> None:
     """Draw candidates for a prompt and write the best, with a contact sheet of all, as PNG files."""
     from pipelines import generate as generating
+    from pipelines.conditions import ClassLabel, SegmentationMap
 
     if replay is not None:
-        if prompts or prompts_file:
+        if prompts or prompts_file or classes or len(segmentations or []) > 1:
             raise InputError("--replay draws what the picture remembers; leave the prompts out")
-        _show_replayed(generating.replay(replay, output, model=model, device=device), as_json)
+        segmentation = segmentations[0] if segmentations else None
+        replayed = generating.replay(replay, output, model=model, device=device, segmentation=segmentation)
+        _show_replayed(replayed, as_json)
         return
     texts = [*(prompts or []), *(generating.read_prompts(prompts_file) if prompts_file else [])]
+    texts += [ClassLabel(label) for label in classes or []] + [SegmentationMap(path) for path in segmentations or []]
     if not texts:
-        raise InputError("there is nothing to draw; give a prompt, --prompts FILE.jsonl, or --replay PICTURE.png")
+        raise InputError(
+            "there is nothing to draw; give a prompt, --prompts FILE.jsonl, --class LABEL, --segmentation MAP.png, or "
+            "--replay PICTURE.png"
+        )
     report = generating.generate(
         texts,
         output,
@@ -318,6 +331,9 @@ class Convertible(StrEnum):
     mindalle = "mindalle"
     rudalle = "rudalle"
     min_dalle = "min-dalle"
+    llamagen = "llamagen"
+    janus = "janus"
+    taming = "taming"
 
 
 @app.command()
@@ -370,8 +386,13 @@ def bundle(
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of a trained tokenizer.")],
     prior: Annotated[str, typer.Option(help="Folder of a prior trained on its codes.")],
-    text_tokenizer: Annotated[str, typer.Option(help="Folder of the text tokenizer that the prior reads with.")],
+    text_tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the text tokenizer that the prior reads with, if it reads text.")
+    ] = None,
     reranker: Annotated[str | None, typer.Option(help="Folder of a reranker, in open_clip's layout.")] = None,
+    segmentation_tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of the tokenizer of segmentation maps, if the prior draws from these.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="What pictures are drawn with unless told otherwise.")
     ] = None,
@@ -391,6 +412,7 @@ def bundle(
         prior=prior,
         text_tokenizer=text_tokenizer,
         reranker=reranker,
+        segmentation_tokenizer=segmentation_tokenizer,
         sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
     )
     print(out)

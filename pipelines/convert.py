@@ -36,7 +36,7 @@ def convert(
         raise InputError(f"--image-size is for image tokenizers, and {family} is a prior, whose size is fixed")
     new_bundle(out)
     tokenizer = Autoencoder.from_pretrained(image_tokenizer) if image_tokenizer is not None else None
-    prior, own_tokenizer, sampling = convert_prior(family, sources, dict(map(_setting, settings)))
+    prior, own_tokenizer, sampling, maps = convert_prior(family, sources, dict(map(_setting, settings)))
     tokenizer = tokenizer or own_tokenizer
     if tokenizer is None:
         raise InputError(
@@ -44,7 +44,7 @@ def convert(
             f"({', '.join(TOKENIZERS)}) and give its folder with --image-tokenizer"
         )
     prior.config = prior.config.model_copy(update={"image_tokenizer_fingerprint": tokenizer.fingerprint})
-    return save_bundle(out, tokenizer, prior, sampling=sampling)
+    return save_bundle(out, tokenizer, prior, sampling=sampling, segmentation_tokenizer=maps)
 
 
 def _setting(text: str) -> tuple[str, object]:

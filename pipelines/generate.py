@@ -26,6 +26,7 @@ from common.config import Config, validate
 from common.errors import InputError
 from common.images import contact_sheet, open_image, read_origin, save_png
 from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
+from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import TextToImagePipeline, check_keep, check_prompts, check_seeds
 from stage2_prior import Sampling
 
@@ -148,11 +149,13 @@ def replay(
     *,
     model: str | Path | None = None,
     device: str | torch.device | None = None,
+    segmentation: str | Path | None = None,
 ) -> Replayed:
     """Draws a PNG of `generate` again from what it remembers, and writes it into the folder `output`.
 
-    `model` is the bundle, by default the one that the picture names. Raises InputError when the picture remembers
-    nothing or is a contact sheet, or when the bundle is not the one that it was drawn with.
+    One that was drawn from a segmentation map needs the file of it. `model` is the bundle, by default the one that the
+    picture names. Raises InputError when the picture remembers nothing or is a contact sheet, or when the bundle is not
+    the one that it was drawn with.
     """
     start = time.perf_counter()
     origin = _read(Path(picture))
@@ -176,7 +179,8 @@ def replay(
     # None would mean the bundle's own setting, which may have changed since.
     sampling |= {"top_k": sampling["top_k"] or 0, "top_p": sampling["top_p"] or 1.0}
     with _output_folder(Path(output)) as folder:
-        image = pipeline(origin.prompt, num_candidates=1, seed=origin.seed, **sampling).images[0]
+        prompt = origin.prompt if segmentation is None else SegmentationMap(segmentation)
+        image = pipeline(prompt, num_candidates=1, seed=origin.seed, **sampling).images[0]
         path = _free_path(folder, f"{slug(origin.prompt)}-seed{origin.seed}", origin)
         save_png(image, path, _content(origin))
     same = before.size == image.size and ImageChops.difference(before, image).getbbox() is None

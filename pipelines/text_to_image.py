@@ -18,6 +18,7 @@ from common.config import validate
 from common.errors import InputError
 from common.images import to_pil
 from pipelines.bundle import load_bundle, save_bundle
+from pipelines.conditions import prompt_prefix
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, sample, unflatten_codes
@@ -61,10 +62,15 @@ class TextToImagePipeline:
         reranker: Reranker | None = None,
         sampling: Sampling | None = None,
         fingerprint: str | None = None,
+        segmentation_tokenizer: Autoencoder | None = None,
     ) -> None:
-        """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without."""
+        """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without.
+
+        A prior that draws from segmentation maps needs the tokenizer of these.
+        """
         self.image_tokenizer, self.prior, self.reranker = image_tokenizer, prior, reranker
         self.sampling, self.fingerprint = sampling or Sampling(), fingerprint
+        self.segmentation_tokenizer = segmentation_tokenizer
 
     @classmethod
     def from_pretrained(
@@ -85,7 +91,7 @@ class TextToImagePipeline:
         """Writes the pipeline as a bundle."""
         if not isinstance(self.reranker, ClipReranker | None):
             raise InputError(f"a {type(self.reranker).__name__} cannot be saved in a bundle, only a ClipReranker can")
-        save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling)
+        save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling, self.segmentation_tokenizer)
 
     def __call__(
         self,
@@ -105,6 +111,7 @@ class TextToImagePipeline:
     ) -> Generated:
         """Draws `num_candidates` for each prompt and returns the `num_images_per_prompt` (4) that fit best, best first.
 
+        A prompt is text, or, where the prior draws from these, a `ClassLabel` or `SegmentationMap` of conditions.py.
         Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. Sampling
         arguments that are None are the bundle's; top_k 0 takes all codes, as does top_p 1. `batch_size` candidates are
         drawn at once, by default as many as fit in memory up to 64. Everything is checked before the first is drawn.
@@ -142,8 +149,11 @@ class TextToImagePipeline:
         return validate(Sampling, {**self.sampling.model_dump(), **given}, where="sampling")
 
     def prefixes(self, prompts: Sequence[str]) -> Tensor:
-        """What the prior reads, (prompts, P). Raises InputError for the first prompt that is too long."""
-        return torch.cat([_named(prompts, i, lambda text: self.prior.prefix([text])) for i in range(len(prompts))])
+        """What the prior reads, (prompts, P). Raises InputError for the first prompt that is too long for it."""
+        return torch.cat([_named(prompts, i, self._prefix) for i in range(len(prompts))])
+
+    def _prefix(self, prompt: str) -> Tensor:
+        return prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,10 @@ class AutoencoderConfig(Config):
             raise ValueError(f"image_size must be divisible by the factor {self.factor}, got {self.image_size}")
         if self.bottleneck.type != "gumbel" and self.trunk.encoder_dim != self.trunk.decoder_dim:
             raise ValueError(f"bottleneck {self.bottleneck.type} needs a latent_dim in the trunk; give one")
+        if self.trunk.image_channels != 3 and self.pixels != "values":
+            raise ValueError(
+                f"pixels {self.pixels} are of RGB pictures, got {self.trunk.image_channels} image_channels"
+            )
         if isinstance(self.trunk, TrunkConfig) and self.trunk.decoder == "modulated" and self.pixels != "values":
             raise ValueError(f"a modulated decoder says values of pixels, got pixels {self.pixels}")
         return self
@@ -73,7 +77,8 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = build_encoder(config.trunk)
         self.bottleneck = build_bottleneck(config.bottleneck, config.trunk.encoder_dim, config.trunk.decoder_dim)
-        self.decoder = build_decoder(config.trunk, channels(config.pixels))
+        labels = config.trunk.image_channels
+        self.decoder = build_decoder(config.trunk, channels(config.pixels) if labels == 3 else labels)
         self.to(memory_format=torch.channels_last)
 
     @classmethod
@@ -134,9 +139,11 @@ class Autoencoder(nn.Module):
         return to_images(self.decoder(latents), self.config.pixels).clamp(-1, 1)
 
     def _bottlenecked(self, images: Tensor) -> Bottlenecked:
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.factor for side in images.shape[2:]):
+        colours = self.config.trunk.image_channels
+        if images.ndim != 4 or images.shape[1] != colours or any(side % self.factor for side in images.shape[2:]):
             raise InputError(
-                f"images must be (B, 3, H, W) with H and W divisible by {self.factor}, got {tuple(images.shape)}"
+                f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, "
+                f"got {tuple(images.shape)}"
             )
         z = self.encoder(images.contiguous(memory_format=torch.channels_last))
         return self.bottleneck(z.float())

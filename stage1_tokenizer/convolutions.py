@@ -22,6 +22,7 @@ class TrunkConfig(Config):
     # patchwise: see patches.py; none: this tokenizer only decodes
     encoder: Literal["convolutional", "patchwise", "none"] = "convolutional"
     decoder: Literal["convolutional", "modulated"] = "convolutional"  # modulated: see movq.py
+    image_channels: int = Field(3, ge=1)  # RGB; or, for maps, one for each label
     channels: int = Field(128, ge=1)  # width of the first level
     multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)  # of the width, a level each
     decoder_multipliers: tuple[int, ...] | None = None  # where the decoder's differ
@@ -47,6 +48,8 @@ class TrunkConfig(Config):
             raise ValueError(f"decoder_multipliers must name {len(self.widths)} levels, got {self.decoder_multipliers}")
         if self.decoder == "modulated" and (self.patch_size > 1 or any(width % 32 for width in self.decoder_widths)):
             raise ValueError(f"a modulated decoder needs patch_size 1 and widths divisible by 32, got {widths}")
+        if self.image_channels != 3 and (self.encoder, self.decoder) != ("convolutional", "convolutional"):
+            raise ValueError(f"image_channels {self.image_channels} needs a convolutional encoder and decoder")
         if any(not 0 <= level < len(self.widths) for level in (*self.encoder_attention, *self.decoder_attention)):
             raise ValueError(f"attention levels must be in [0, {len(self.widths)})")
         return self
@@ -76,14 +79,14 @@ class TrunkConfig(Config):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) in [-1, 1] -> (B, D, h, w), unbounded."""
+    """(B, image_channels, H, W) -> (B, D, h, w), unbounded; RGB is in [-1, 1]."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         widths = config.widths
         width = config.stem_channels or widths[0]
         self.patch_size = config.patch_size
-        self.conv_in = nn.Conv2d(3 * config.patch_size**2, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels * config.patch_size**2, width, 3, padding=1)
         self.levels = nn.ModuleList()
         for level, wide in enumerate(widths):
             blocks = residual_blocks(config.encoder_blocks, width, wide, level in config.encoder_attention, config)

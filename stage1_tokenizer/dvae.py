@@ -25,6 +25,10 @@ class DVAETrunkConfig(Config):
     latent_dim: int | None = Field(None, ge=1)  # 1x1 convolutions to and from it, which all bottlenecks but gumbel need
 
     @property
+    def image_channels(self) -> int:
+        return 3
+
+    @property
     def factor(self) -> int:
         """Pixels a side for one position of the latent grid."""
         return 2 ** (len(self.multipliers) - 1)

@@ -91,7 +91,7 @@ class BartPrior(Prior):
 
     # Conditions ------------------------------------------------------------------------------------------------------
 
-    def prefix(self, text: Sequence[str]) -> Tensor:
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64. Raises InputError when a text is too long, or its tokenizer knows nothing of it."""
         if self.config.spell_emoji:
             text = [spell_emoji(one) for one in text]

@@ -2,13 +2,14 @@
 
 Letters: B batch, P prefix, T codes per image (Q·h·w, row by row, the codebooks of a position together), K codebook
 size, E width. A prefix is whatever stands for the condition, one row an image: for the GPT, text ids (B, P) int64; for
-a prior that reads another model's features, those (B, P, ...).
+a prior that reads another model's features, those (B, P, ...). A condition is a text, a class label or the codes of a
+segmentation map; a prior reads the kind that it was trained on, and refuses others.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -19,6 +20,9 @@ from common.config import Config, Origin
 from common.errors import InputError
 from common.text import TextTokenizer
 from common.weights import save_pretrained
+
+Condition = Literal["text", "class", "segmentation"]
+CONDITIONS: dict[Condition, str] = {"text": "text", "class": "class labels", "segmentation": "segmentation maps"}
 
 
 def flatten_codes(codes: Tensor) -> Tensor:
@@ -47,6 +51,7 @@ class PriorConfig(Config):
     code_shape: tuple[int, int, int] = (1, 16, 16)  # Q, h, w of an image
     image_tokenizer_fingerprint: str = ""  # of the codes and the text it was trained on
     text_tokenizer_fingerprint: str = ""
+    segmentation_tokenizer_fingerprint: str = ""  # of the tokenizer whose codes stand for a segmentation map
     origin: Origin | None = None  # of converted weights; null for those trained here
 
 
@@ -57,6 +62,7 @@ class Predictions(NamedTuple):
 
 class Prior(nn.Module, ABC):
     config: PriorConfig
+    condition: Condition = "text"  # what it was trained to draw from
     text_tokenizer: TextTokenizer | None
     code_shape: tuple[int, int, int]  # Q, h, w
     num_codebooks: int  # Q
@@ -72,9 +78,44 @@ class Prior(nn.Module, ABC):
         if self.text_tokenizer is not None:
             self.text_tokenizer.save_into(folder)
 
-    @abstractmethod
-    def prefix(self, text: Sequence[str]) -> Tensor:
-        """The prefix of each text, (B, P). Raises InputError when a text is too long for the prior."""
+    def prefix(
+        self,
+        text: Sequence[str] | None = None,
+        *,
+        classes: Sequence[int] | None = None,
+        segmentation: Tensor | None = None,
+    ) -> Tensor:
+        """The prefix of each text, of each class label, or of the codes (B, Q, h, w) of each segmentation map: (B, P).
+
+        Raises InputError unless what is given is one condition, of the kind that the prior was trained on and that it
+        has room for.
+        """
+        given = [
+            name for name, value in zip(CONDITIONS, (text, classes, segmentation), strict=True) if value is not None
+        ]
+        if given != [self.condition]:
+            wrong = " and ".join(CONDITIONS[name] for name in given) or "nothing"
+            raise InputError(f"this prior draws from {CONDITIONS[self.condition]} and was given {wrong}")
+        if text is not None:
+            return self.text_prefix(text)
+        if classes is not None:
+            return self.class_prefix(classes)
+        assert segmentation is not None
+        return self.segmentation_prefix(segmentation)
+
+    # Of these three a prior has the one that its `condition` names.
+
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
+        """(B, P). Raises InputError when a text is too long for the prior."""
+        raise NotImplementedError
+
+    def class_prefix(self, classes: Sequence[int]) -> Tensor:
+        """(B, P). Raises InputError when a label is none of the prior's classes."""
+        raise NotImplementedError
+
+    def segmentation_prefix(self, segmentation: Tensor) -> Tensor:
+        """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not of a map of the prior's size."""
+        raise NotImplementedError
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Ids of the text tokenizer -> (B, P); what does not fit is cut off. Raises InputError if text is not read."""
@@ -118,3 +159,11 @@ def prompt_tokens(tokenizer: TextTokenizer | None, text: Sequence[str], room: in
         if len(ids) > room:
             raise InputError(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
     return tokens
+
+
+def class_labels(classes: Sequence[int], num_classes: int, device: torch.device) -> Tensor:
+    """The labels as a prefix (B, 1) int64. Raises InputError for one that is not in [0, num_classes)."""
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise InputError(f"class labels must be in [0, {num_classes}), got {label}")
+    return torch.tensor(list(classes), dtype=torch.int64, device=device).view(-1, 1)

@@ -10,7 +10,7 @@ from common.text import FILE, TextTokenizer
 from common.weights import find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
 
-KINDS = ("gpt", "bart", "mindalle", "rudalle")
+KINDS = ("gpt", "bart", "mindalle", "rudalle", "llamagen", "janus", "taming")
 
 
 class Tagged(BaseModel):
@@ -63,5 +63,17 @@ def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
             from stage2_prior.rudalle import RuDALLEConfig, RuDALLEPrior
 
             return RuDALLEConfig, RuDALLEPrior
+        case "llamagen":
+            from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
+
+            return LlamaGenConfig, LlamaGenPrior
+        case "janus":
+            from stage2_prior.janus import JanusConfig, JanusPrior
+
+            return JanusConfig, JanusPrior
+        case "taming":
+            from stage2_prior.taming import TamingConfig, TamingPrior
+
+            return TamingConfig, TamingPrior
         case _:
             raise InputError(f"{where}: '{kind}' is not a type of prior{nearest(kind, list(KINDS))}")

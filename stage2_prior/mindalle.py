@@ -69,7 +69,7 @@ class MinDALLEPrior(Prior):
         self.text_head = nn.Linear(config.dim, config.text_vocab_size, bias=False)
         self.code_head = nn.Linear(config.dim, config.codebook_size, bias=False)
 
-    def prefix(self, text: Sequence[str]) -> Tensor:
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64: their tokens, padded on the right. Raises InputError when a text is too long."""
         return self.pad(prompt_tokens(self.text_tokenizer, text, self.prefix_length))
 

@@ -73,7 +73,7 @@ class RuDALLEPrior(Prior):
         self.patterns = [pattern_of(layer, config.depth) for layer in range(config.depth)]
         self._masks: dict[tuple[Pattern, torch.device], Tensor] = {}
 
-    def prefix(self, text: Sequence[str]) -> Tensor:
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64. Raises InputError when a text is too long."""
         return self.pad(prompt_tokens(self.text_tokenizer, text, self.config.text_length - 2))
 

@@ -99,7 +99,7 @@ class GPTPrior(Prior):
 
     # Conditions ------------------------------------------------------------------------------------------------------
 
-    def prefix(self, text: Sequence[str]) -> Tensor:
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64: <start>, the tokens, <pad> up to P. Raises InputError when a text is too long."""
         return self.pad(prompt_tokens(self.text_tokenizer, text, self.prefix_length - 1))
 

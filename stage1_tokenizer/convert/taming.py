@@ -16,7 +16,7 @@ from stage1_tokenizer.convert.vqgan import TAMING, Converted, read_vqgan, refuse
 
 FAMILY = "taming-vqgan"
 INSIDE = "first_stage_model."  # of a transformer's checkpoint
-IGNORED = r"loss\."  # discriminator and LPIPS
+IGNORED = r"loss\.|colorize$"  # discriminator and LPIPS; colours that show a map
 GUMBEL = TAMING._replace(codebook="quantize.embed.weight")
 FILES = ("*.ckpt", "ckpts/*.ckpt", "checkpoints/*.ckpt", "*.safetensors")
 SETTINGS = ("*.yaml", "configs/*.yaml")
@@ -54,7 +54,9 @@ def open_checkpoint(
     return Weights(inside or tensors, found[0].name, IGNORED), read_settings(configs[0]) if configs else {}
 
 
-def read_taming(weights: Weights, family: str, origin: Origin, settings: dict[str, Any]) -> Converted:
+def read_taming(
+    weights: Weights, family: str, origin: Origin, settings: dict[str, Any], image_channels: int = 3
+) -> Converted:
     """A checkpoint with taming's names; `settings` are compared with it as far as they go."""
     refuse_other_families(weights, family, TAMING.encoder_block.format(level=0, block=0) + ".conv1.weight")
     gumbel = GUMBEL.codebook in weights
@@ -68,4 +70,11 @@ def read_taming(weights: Weights, family: str, origin: Origin, settings: dict[st
             )
     bottleneck: BottleneckConfig = GumbelConfig(codebook_size=codes) if gumbel else VQConfig(codebook_size=codes)
     size = settings.get("resolution")
-    return read_vqgan(weights, names, bottleneck, origin, image_size=size if isinstance(size, int) else None)
+    return read_vqgan(
+        weights,
+        names,
+        bottleneck,
+        origin,
+        image_size=size if isinstance(size, int) else None,
+        image_channels=image_channels,
+    )

@@ -67,6 +67,7 @@ def read_vqgan(
     origin: Origin,
     *,
     image_size: int | None = None,
+    image_channels: int = 3,
     norm_groups: int = 32,
     norm_eps: float = 1e-6,
 ) -> Converted:
@@ -74,7 +75,7 @@ def read_vqgan(
 
     `bottleneck` has the codebook's size already. An `image_size` that the factor does not divide is rounded down.
     """
-    trunk = _trunk(weights, names, norm_groups, norm_eps)
+    trunk = _trunk(weights, names, image_channels, norm_groups, norm_eps)
     size = max((image_size or DEFAULT_SIZE) // trunk.factor, 1) * trunk.factor
     config = AutoencoderConfig(image_size=size, trunk=trunk, bottleneck=bottleneck, origin=origin)
     modules = dict(_modules(trunk, names))
@@ -118,7 +119,7 @@ def refuse_other_families(weights: Weights, family: str, needed: str) -> None:
     raise InputError(f"{weights.where} is not a checkpoint of {family}: it has no '{needed}'; {hint}")
 
 
-def _trunk(weights: Weights, names: Names, norm_groups: int, norm_eps: float) -> TrunkConfig:
+def _trunk(weights: Weights, names: Names, image_channels: int, norm_groups: int, norm_eps: float) -> TrunkConfig:
     both = names.encoder_block.format(level=0, block=0) + ".conv1.weight" in weights
     encoder = _widths(weights, names.encoder_block) if both else []
     decoder = _widths(weights, names.decoder_block)
@@ -127,7 +128,7 @@ def _trunk(weights: Weights, names: Names, norm_groups: int, norm_eps: float) ->
     decoder = decoder[::-1] if names.low_first else decoder
     if both and len(encoder) != len(decoder):
         raise InputError(f"{weights.where} has {len(encoder)} levels in its encoder but {len(decoder)} in its decoder")
-    _check_channels(weights, both)
+    _check_channels(weights, both, image_channels)
     stem = weights.shape("encoder.conv_in.weight")[0] if both else 0
     unit = math.gcd(*encoder, *decoder)
     multipliers = tuple(width // unit for width in encoder or decoder)
@@ -135,6 +136,7 @@ def _trunk(weights: Weights, names: Names, norm_groups: int, norm_eps: float) ->
     return TrunkConfig(
         encoder="convolutional" if both else "none",
         decoder="modulated" if names.modulated else "convolutional",
+        image_channels=image_channels,
         channels=unit,
         multipliers=multipliers,
         decoder_multipliers=None if decoder_multipliers == multipliers else decoder_multipliers,
@@ -151,15 +153,15 @@ def _trunk(weights: Weights, names: Names, norm_groups: int, norm_eps: float) ->
     )
 
 
-def _check_channels(weights: Weights, both: bool) -> None:
-    """Refuses what reads or draws anything but RGB, and what gives a mean and a variance instead of codes."""
+def _check_channels(weights: Weights, both: bool, image_channels: int) -> None:
+    """Refuses what reads or draws other channels, and what gives a mean and a variance instead of codes."""
     colours = weights.shape("decoder.conv_out.weight")[0]
     if both:
         taken, given = weights.shape("decoder.conv_in.weight")[1], weights.shape("encoder.conv_out.weight")[0]
         if given == 2 * taken:
             raise InputError(f"{weights.where} is a VAE without codes (double_z); give a tokenizer with a codebook")
         colours = max(colours, weights.shape("encoder.conv_in.weight")[1])
-    if colours != 3:
+    if colours != image_channels:
         raise InputError(f"{weights.where} is for pictures of {colours} channels; only RGB pictures can be converted")
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
 
-FAMILIES = ("mindalle", "rudalle", "min-dalle")
+FAMILIES = ("mindalle", "rudalle", "min-dalle", "llamagen", "janus", "taming")
 
 __all__ = ["FAMILIES", "Converted", "convert"]
 
@@ -51,5 +51,17 @@ def _module(family: str) -> ModuleType:
             from stage2_prior.convert import min_dalle
 
             return min_dalle
+        case "llamagen":
+            from stage2_prior.convert import llamagen
+
+            return llamagen
+        case "janus":
+            from stage2_prior.convert import janus
+
+            return janus
+        case "taming":
+            from stage2_prior.convert import taming
+
+            return taming
         case _:
             raise InputError(f"'{family}' is not a family of priors{nearest(family, list(FAMILIES))}")

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from common.checkpoints import Weights
+from common.checkpoints import Weights, need
 from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer import Autoencoder
@@ -22,6 +23,7 @@ class Converted(NamedTuple):
     prior: Prior  # in eval mode, with its text tokenizer if it reads text
     image_tokenizer: Autoencoder | None  # None when the sources hold none; then the bundle needs one of ours
     sampling: Sampling = Sampling()  # what its project draws with
+    segmentation_tokenizer: Autoencoder | None = None  # of a prior that draws from segmentation maps
 
 
 def build(
@@ -102,3 +104,25 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
     if not all(len(pair) == 2 for pair in pairs):
         raise InputError(f"{path} must hold two tokens a line; give a tokenizer's merges")
     return [(first, second) for first, second in pairs]
+
+
+def one_file(sources: Sequence[Path], what: str, *patterns: str, optional: bool = False) -> Path | None:
+    """The only file of the first of `patterns` that any file among or in `sources` matches.
+
+    Raises InputError when there are several, or when there is none and it is not `optional`; the latter ends with
+    `what`.
+    """
+    for pattern in patterns:
+        found = [path for source in sources for path in _matching(source, pattern)]
+        if len(found) > 1:
+            listed = ", ".join(path.name for path in found)
+            raise InputError(f"{listed} are {len(found)} checkpoints; give the one that is to be converted")
+        if found:
+            return found[0]
+    return None if optional else need(sources, what, *patterns)
+
+
+def _matching(source: Path, pattern: str) -> list[Path]:
+    if source.is_dir():
+        return sorted(path for path in source.glob(pattern) if path.is_file())
+    return [source] if fnmatch(source.name, pattern.rpartition("/")[2]) else []

@@ -1,0 +1,145 @@
+"""The transformer of taming-transformers (Esser et al. 2021): a GPT over the codes of a condition and then of an image.
+
+Condition and image share one vocabulary, one embedding and one row of positions: a class label is the token of that
+number, a segmentation map is the codes of its own tokenizer. Nothing stands between the two; the last position of the
+condition foretells the first code. It never saw an image without its condition, so guidance has nothing to steer away
+from. Deliberate difference from the source: positions end where an image does, so it draws pictures of its own size.
+
+Letters: B batch, N sequences, P condition, S new positions, T codes per image, K codebook size, E width.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from common.errors import InputError
+from common.text import TextTokenizer
+from stage2_prior.base import Cache, Prior, PriorConfig, class_labels, flatten_codes
+from stage2_prior.blocks import Block, KeyValues
+
+
+class TamingConfig(PriorConfig):
+    type: Literal["taming"] = "taming"
+    num_classes: int | None = Field(None, ge=1)  # of a prior that draws from class labels
+    segmentation_shape: tuple[int, int, int] | None = None  # Q, h, w of a map's codes, of a prior that draws from maps
+    vocab_size: int = Field(1024, ge=1)  # of condition and image together
+    positions: int = Field(512, ge=1)  # that it has embeddings for
+    looks_ahead: int = Field(0, ge=0)  # how many of the first positions see each other, in both directions
+    dim: int = Field(1024, ge=1)  # E
+    depth: int = Field(24, ge=1)
+    num_heads: int = Field(16, ge=1)
+    mlp_dim: int = Field(4096, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TamingConfig":
+        if (self.num_classes is None) == (self.segmentation_shape is None):
+            raise ValueError("give num_classes or segmentation_shape")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
+        if self.code_shape[0] != 1:
+            raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
+        if max(self.codebook_size, self.num_classes or 0) > self.vocab_size:
+            raise ValueError(
+                f"vocab_size must hold the {self.codebook_size} codes and the {self.num_classes or 0} classes, got "
+                f"{self.vocab_size}"
+            )
+        if self.prefix_length + math.prod(self.code_shape) - 1 > self.positions:
+            raise ValueError(
+                f"{self.positions} positions are too few for a condition of {self.prefix_length} and an image of "
+                f"{math.prod(self.code_shape)}"
+            )
+        if self.looks_ahead > self.prefix_length:
+            raise ValueError(
+                f"looks_ahead must not go beyond the condition, {self.prefix_length}, got {self.looks_ahead}"
+            )
+        return self
+
+    @property
+    def prefix_length(self) -> int:
+        return 1 if self.segmentation_shape is None else math.prod(self.segmentation_shape)
+
+
+class TamingPrior(Prior):
+    config: TamingConfig
+
+    def __init__(self, config: TamingConfig, text_tokenizer: TextTokenizer | None = None) -> None:
+        super().__init__()
+        self.config, self.text_tokenizer = config, text_tokenizer
+        self.condition = "class" if config.segmentation_shape is None else "segmentation"
+        self.code_shape, self.num_codebooks, self.length = config.code_shape, 1, math.prod(config.code_shape)
+        self.codebook_size, self.prefix_length = config.codebook_size, config.prefix_length
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.position = nn.Parameter(torch.randn(config.positions, config.dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(config.dim, config.num_heads, config.mlp_dim, "gelu") for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def class_prefix(self, classes: Sequence[int]) -> Tensor:
+        """Labels -> (B, 1) int64."""
+        assert self.config.num_classes is not None
+        return class_labels(classes, self.config.num_classes, self.position.device)
+
+    def segmentation_prefix(self, segmentation: Tensor) -> Tensor:
+        """Codes of maps (B, Q, h, w) -> (B, P) int64."""
+        shape, most = self.config.segmentation_shape, self.config.vocab_size
+        if tuple(segmentation.shape[1:]) != shape:
+            raise InputError(f"codes of segmentation maps must be (B, *{shape}), got {tuple(segmentation.shape)}")
+        if segmentation.numel() and not 0 <= int(segmentation.min()) <= int(segmentation.max()) < most:
+            raise InputError(f"codes of segmentation maps must be in [0, {most})")
+        return flatten_codes(segmentation).to(self.position.device)
+
+    def null_prefix(self, rows: int) -> Tensor:
+        raise InputError(
+            f"this prior was never trained without its {self.condition}, so there is nothing to guide away from; "
+            "use a guidance_scale of 1"
+        )
+
+    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
+        x = self._embed(torch.cat([prefix, codes[:, :-1]], dim=1), 0)
+        mask = self._mask(x.shape[1])
+        for block in self.blocks:
+            x = block(x, mask)
+        return self._logits(x[:, self.prefix_length - 1 :])
+
+    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValues]:
+        config, positions = self.config, self.prefix_length + length
+        width = config.dim // config.num_heads
+        cache = KeyValues.empty(self.position, config.depth, len(prefix), config.num_heads, positions, width)
+        return self._advance(self._embed(prefix, 0), self._mask(self.prefix_length), cache), cache
+
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        assert isinstance(cache, KeyValues)
+        return self._advance(self._embed(codes.unsqueeze(1), cache.length), None, cache)
+
+    def _advance(self, x: Tensor, mask: Tensor | None, cache: KeyValues) -> Tensor:
+        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cache, layer)
+        cache.length += x.shape[1]
+        return self._logits(x[:, -1])
+
+    def cache_numbers(self) -> int:
+        return 2 * self.config.depth * (self.prefix_length + self.length) * self.config.dim
+
+    def _embed(self, tokens: Tensor, first: int) -> Tensor:
+        """Tokens (N, S) of the positions from `first` on -> (N, S, E)."""
+        return self.embedding(tokens) + self.position[first : first + tokens.shape[1]]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., K); tokens that are no codes of the image are left out."""
+        return self.head(self.norm(x))[..., : self.codebook_size]
+
+    def _mask(self, length: int) -> Tensor | None:
+        """(length, length), or None where it is the plain causal one."""
+        ahead = self.config.looks_ahead
+        if ahead <= 1:
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=self.position.device).tril()
+        mask[:ahead, :ahead] = True
+        return mask
