@@ -90,7 +90,7 @@ class JanusPrior(Prior):
         return self.padded(rows)
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Ids of the text tokenizer -> (B, P): the text that they spell, in the template; what does not fit is cut off."""
+        """Ids of the text tokenizer -> (B, P): the text that they spell in the template; the rest is cut off."""
         rows = []
         for kept in tokens:
             while len(ids := self._tokens(self._tokenizer().decode(list(kept)))) > self.prefix_length:

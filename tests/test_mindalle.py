@@ -37,7 +37,7 @@ PUBLISHED = {"dim": 1536, "depth": 42, "heads": 24, "text": 64, "side": 16, "cod
 def shapes(size: dict) -> dict[str, tuple[int, ...]]:
     """The names and shapes of stage2_last.ckpt."""
     dim = size["dim"]
-    found = {
+    found: dict[str, tuple[int, ...]] = {
         "tok_emb_img.weight": (size["codes"], dim),
         "tok_emb_txt.weight": (size["words"], dim),
         "pos_emb_img.weight": (size["side"] ** 2, dim),

@@ -18,7 +18,7 @@ from pipelines.convert import convert
 from pipelines.info import describe
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import rudalle as converter
-from stage2_prior.rudalle import RuDALLEPrior, visible
+from stage2_prior.rudalle import Pattern, RuDALLEPrior, visible
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import random_vqgan
 
@@ -166,6 +166,7 @@ def prior(bundle: Path) -> RuDALLEPrior:
 def test_logits_and_greedy_codes_equal_the_reference(version: str, prior: RuDALLEPrior) -> None:
     size, reference = SIZES[version], Reference(SIZES[version], version)
     words = size["words"] + size["text"]
+    assert prior.text_tokenizer is not None
     ids = [[2, *(i - 3 for i in prior.text_tokenizer.encode(text)), 3] for text in ("кот", "")]
     text = torch.tensor([row + [0] * (size["text"] - len(row)) for row in ids])
     codes, prefix = torch.randint(size["codes"], (2, prior.length)), prior.prefix(["кот", ""])
@@ -190,7 +191,7 @@ def test_laws(prior: RuDALLEPrior) -> None:
 @pytest.mark.parametrize("wraps", [False, True])
 @pytest.mark.parametrize("kind", ["row", "column", "square"])
 @pytest.mark.parametrize(("text", "side", "reach"), [(5, 7, 2), (3, 4, 5), (1, 1, 0)])
-def test_patterns_equal_brute_force(kind: str, text: int, side: int, reach: int, wraps: bool) -> None:
+def test_patterns_equal_brute_force(kind: Pattern, text: int, side: int, reach: int, wraps: bool) -> None:
     assert torch.equal(visible(kind, text, side, reach, wraps), brute_force(kind, text, side, reach, wraps))
 
 
