@@ -153,8 +153,9 @@ def replay(
 ) -> Replayed:
     """Draws a PNG of `generate` again from what it remembers, and writes it into the folder `output`.
 
-    One that was drawn from a segmentation map needs the file of it. `model` is the bundle, by default the one that the picture names. Raises InputError when the picture remembers
-    nothing or is a contact sheet, or when the bundle is not the one that it was drawn with.
+    One that was drawn from a segmentation map needs the file of it. `model` is the bundle, by default the one that the
+    picture names. Raises InputError when the picture remembers nothing or is a contact sheet, or when the bundle is not
+    the one that it was drawn with.
     """
     start = time.perf_counter()
     origin = _read(Path(picture))

@@ -142,7 +142,8 @@ class Autoencoder(nn.Module):
         colours = self.config.trunk.image_channels
         if images.ndim != 4 or images.shape[1] != colours or any(side % self.factor for side in images.shape[2:]):
             raise InputError(
-                f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, got {tuple(images.shape)}"
+                f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, "
+                f"got {tuple(images.shape)}"
             )
         z = self.encoder(images.contiguous(memory_format=torch.channels_last))
         return self.bottleneck(z.float())

@@ -81,14 +81,21 @@ def _replaced(text: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 class _Text(HTMLParser):
-    """Collects what stands between tags."""
+    """Collects what stands between tags, but for programs and styles."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.found: list[str] = []
+        self.hidden = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden = False
 
     def handle_data(self, data: str) -> None:
-        self.found.append(data)
+        self.found += [] if self.hidden else [data]
 
 
 def _without_tags(text: str) -> str:

@@ -54,8 +54,8 @@ class Gaps(Prior):
         self.given, self.missing = self.order[:-missing], self.order[-missing:]
         self.positions = flatten_codes(codes.unsqueeze(0)).to(device).view(-1, self.num_codebooks)  # (S, Q)
 
-    def prefix(self, text: Sequence[str]) -> Tensor:
-        return self.prior.prefix(text)
+    def text_prefix(self, text: Sequence[str]) -> Tensor:
+        return self.prior.text_prefix(text)
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.prior.null_prefix(rows)

@@ -194,10 +194,10 @@ def build_llama(config: JanusConfig) -> Any:
             rms_norm_eps=config.norm_eps,
             max_position_embeddings=config.text_length + math.prod(config.code_shape),
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            attn_implementation=ATTENTION,
+            attn_implementation=ATTENTION,  # type: ignore[call-arg]  # it goes to the base class
         )
     )
-    llama.rotary_emb = Rotary(config.rope_theta, config.head_dim)
+    llama.rotary_emb = Rotary(config.rope_theta, config.head_dim)  # type: ignore[assignment]
     return llama
 
 

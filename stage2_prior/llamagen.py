@@ -48,8 +48,8 @@ class LlamaGenConfig(PriorConfig):
             raise ValueError("give num_classes, or feature_dim, text_length and text_encoder")
         if self.dim % (4 * self.num_heads) or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"dim must be divisible by 4 x num_heads and that by num_kv_heads, got {self.dim}, {self.num_heads} and "
-                f"{self.num_kv_heads}"
+                "dim must be divisible by 4 x num_heads, and num_heads by num_kv_heads, got "
+                f"{self.dim}, {self.num_heads} and {self.num_kv_heads}"
             )
         if self.code_shape[0] != 1:
             raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")

@@ -10,7 +10,7 @@ from common.text import FILE, TextTokenizer
 from common.weights import find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
 
-KINDS = ("gpt", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
+KINDS = ("gpt", "bart", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
 
 
 class Tagged(BaseModel):
@@ -55,6 +55,10 @@ def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
             from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 
             return PixelCNNConfig, PixelCNNPrior
+        case "bart":
+            from stage2_prior.bart import BartConfig, BartPrior
+
+            return BartConfig, BartPrior
         case "mindalle":
             from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
 

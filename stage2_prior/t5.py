@@ -20,7 +20,7 @@ FILES = "config.json, model.safetensors or its shards, tokenizer.json and tokeni
 
 
 class T5Features:
-    """Texts -> (B, P, C + 1): features with padding on the left, zeros, and a last channel that is 0 there and else 1."""
+    """Texts -> (B, P, C + 1): features with zeros as padding on the left, and a last channel of 0 there and else 1."""
 
     def __init__(self, name: str, length: int, dim: int) -> None:
         self.name, self.length, self.dim = name, length, dim
@@ -62,7 +62,8 @@ class T5Features:
                 )
                 where = "a folder without all of its files" if Path(self.name).is_dir() else where
                 raise InputError(
-                    f"this prior reads text with the T5 encoder {self.name}, which is {where} ({type(error).__name__}); "
+                    f"this prior reads text with the T5 encoder {self.name}, which is {where} "
+                    f"({type(error).__name__}); "
                     f"get {FILES} of it, and convert the prior again with --set text_encoder=FOLDER"
                 ) from None
             if encoder.config.d_model != self.dim:

@@ -28,6 +28,7 @@ from pipelines import cli
 from pipelines.info import describe
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.convert import FAMILIES, convert
+from stage2_prior.convert import FAMILIES as PRIORS
 
 GOLDEN = Path(__file__).parent / "golden"
 Weights = dict[str, Tensor]
@@ -539,7 +540,7 @@ def test_the_command_converts_and_info_shows_the_origin(
 
 
 def test_the_command_knows_every_family() -> None:
-    assert tuple(cli.Convertible) == FAMILIES
+    assert tuple(cli.Convertible) == FAMILIES + PRIORS
 
 
 def test_a_converted_codebook_does_not_start_anew_in_training(checkpoint: Path, tmp_path: Path) -> None:

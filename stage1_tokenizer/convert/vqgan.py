@@ -154,7 +154,7 @@ def _trunk(weights: Weights, names: Names, image_channels: int, norm_groups: int
 
 
 def _check_channels(weights: Weights, both: bool, image_channels: int) -> None:
-    """Refuses what reads or draws anything but RGB, or labels where these are wanted, and what gives a mean and a variance instead of codes."""
+    """Refuses what reads or draws other channels, and what gives a mean and a variance instead of codes."""
     colours = weights.shape("decoder.conv_out.weight")[0]
     if both:
         taken, given = weights.shape("decoder.conv_in.weight")[1], weights.shape("encoder.conv_out.weight")[0]

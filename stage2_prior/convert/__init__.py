@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
 
-FAMILIES = ("mindalle", "rudalle", "llamagen", "janus", "taming")
+FAMILIES = ("mindalle", "rudalle", "min-dalle", "llamagen", "janus", "taming")
 
 __all__ = ["FAMILIES", "Converted", "convert"]
 
@@ -47,6 +47,10 @@ def _module(family: str) -> ModuleType:
             from stage2_prior.convert import rudalle
 
             return rudalle
+        case "min-dalle":
+            from stage2_prior.convert import min_dalle
+
+            return min_dalle
         case "llamagen":
             from stage2_prior.convert import llamagen
 

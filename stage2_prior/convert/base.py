@@ -1,5 +1,6 @@
 """What the converters of priors share."""
 
+import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from common.checkpoints import Weights, need, read_settings
+from common.checkpoints import Weights, need
 from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer import Autoencoder
@@ -84,8 +85,11 @@ def check_vocabulary(tokenizer: TextTokenizer, known: int) -> None:
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     """A JSON file of tokens and their ids."""
-    content = read_settings(path)
-    if not all(isinstance(i, int) for i in content.values()):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); get the file again") from None
+    if not isinstance(content, dict) or not all(isinstance(i, int) for i in content.values()):
         raise InputError(f"{path} must hold tokens with their ids; give a tokenizer's vocabulary")
     return {str(token): i for token, i in content.items()}
 

@@ -27,9 +27,9 @@ from stage2_prior.sampling import Sampling
 FAMILY = "janus"
 PUBLISHED = (
     "Janus is published on the hub: deepseek-ai/Janus-1.3B, deepseek-ai/Janus-Pro-1B and deepseek-ai/Janus-Pro-7B "
-    "(pytorch_model*.bin), or deepseek-community/Janus-Pro-1B and deepseek-community/Janus-Pro-7B (model*.safetensors): "
-    "give the folder with the weights, config.json, generation_config.json or processor_config.json, tokenizer.json and "
-    "tokenizer_config.json"
+    "(pytorch_model*.bin), or deepseek-community/Janus-Pro-1B and deepseek-community/Janus-Pro-7B "
+    "(model*.safetensors): give the folder with the weights, config.json, generation_config.json or "
+    "processor_config.json, tokenizer.json and tokenizer_config.json"
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin")
 # Beginnings of names, without transformers' `model.`, of what no picture is drawn with.

@@ -25,10 +25,10 @@ from stage2_prior.t5 import FILES
 
 FAMILY = "llamagen"
 PUBLISHED = (
-    "LlamaGen is published on the hub: by text t2i_XL_stage1_256.pt or t2i_XL_stage2_512.pt with vq_ds16_t2i.pt, all in "
-    "peizesun/llamagen_t2i; by class c2i_B_256.pt, c2i_B_384.pt, c2i_L_256.pt, c2i_L_384.pt, c2i_XL_384.pt, "
-    "c2i_XXL_384.pt or c2i_3B_384.pt with vq_ds16_c2i.pt, all in FoundationVision/LlamaGen: give one of each, the prior "
-    f"and its tokenizer; text is read with google/flan-t5-xl ({FILES}), from the hub or --set text_encoder=FOLDER"
+    "LlamaGen is published on the hub: by text t2i_XL_stage1_256.pt or t2i_XL_stage2_512.pt with vq_ds16_t2i.pt, all "
+    "in peizesun/llamagen_t2i; by class c2i_B_256.pt, c2i_B_384.pt, c2i_L_256.pt, c2i_L_384.pt, c2i_XL_384.pt, "
+    "c2i_XXL_384.pt or c2i_3B_384.pt with vq_ds16_c2i.pt, all in FoundationVision/LlamaGen: give one of each, the "
+    f"prior and its tokenizer; text is read with google/flan-t5-xl ({FILES}), from the hub or --set text_encoder=FOLDER"
 )
 HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (24, 3200): 32}  # of the published ones
 FACTOR = 16  # pixels a side for a code, where the tokenizer is not among the sources

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.checkpoints import Weights, pick, read_settings, read_tensors, section
 from common.config import Config, Origin, validate
 from common.errors import InputError
+from stage1_tokenizer.bottlenecks import GumbelConfig, VQConfig
 from stage1_tokenizer.convert.taming import IGNORED as TOKENIZER_IGNORED
 from stage1_tokenizer.convert.taming import model_settings, read_taming
 from stage1_tokenizer.convert.vqgan import Converted as ConvertedTokenizer
@@ -26,10 +27,10 @@ from stage2_prior.taming import TamingConfig, TamingPrior
 
 FAMILY = "taming"
 PUBLISHED = (
-    "taming-transformers' priors are published as folders with checkpoints/last.ckpt and configs/*-project.yaml, linked "
-    "in the table of github.com/CompVis/taming-transformers: by class cin_transformer (ImageNet), k00.fr/s511rwcv; by "
-    "segmentation map sflckr, heibox.uni-heidelberg.de/d/73487ab6e5314cb5adba, coco_transformer, k00.fr/2zz6i2ce, and "
-    "ade20k_transformer, k00.fr/ot46cksa: give the folder, or both files"
+    "taming-transformers' priors are published as folders with checkpoints/last.ckpt and configs/*-project.yaml, "
+    "linked in the table of github.com/CompVis/taming-transformers: by class cin_transformer (ImageNet), "
+    "k00.fr/s511rwcv; by segmentation map sflckr, heibox.uni-heidelberg.de/d/73487ab6e5314cb5adba, coco_transformer, "
+    "k00.fr/2zz6i2ce, and ade20k_transformer, k00.fr/ot46cksa: give the folder, or both files"
 )
 PARTS = ("transformer.", "first_stage_model.", "cond_stage_model.")
 CHECKPOINTS = ("checkpoints/last.ckpt", "ckpts/last.ckpt", "*.ckpt", "checkpoints/*.ckpt")
@@ -159,9 +160,9 @@ def _code_shape(tokenizer: ConvertedTokenizer) -> tuple[int, int, int]:
 
 
 def _codes(tokenizer: ConvertedTokenizer) -> int:
-    size = tokenizer.config.bottleneck.codebook_size
-    assert isinstance(size, int)
-    return size
+    bottleneck = tokenizer.config.bottleneck
+    assert isinstance(bottleneck, VQConfig | GumbelConfig)  # what taming's checkpoints are read as
+    return bottleneck.codebook_size
 
 
 def _classes(params: dict[str, Any], where: str) -> int:

@@ -1,0 +1,66 @@
+"""The laws that every prior keeps (DESIGN, section 3), for the tests of each."""
+
+import torch
+from torch import Tensor
+
+from stage2_prior import Sampling, sample
+from stage2_prior.base import Prior
+from stage2_prior.sampling.sample import draw
+from stage2_prior.sampling.settings import filter_logits, guide
+
+GREEDY = Sampling(top_k=1)
+
+
+@torch.no_grad()
+def check_laws(prior: Prior, prefix: Tensor, guided: bool = True) -> None:
+    """`prefix` has several rows; `guided` where the prior has something to guide away from."""
+    torch.manual_seed(1)
+    codes = torch.randint(0, prior.codebook_size, (len(prefix), prior.length))
+    check_causality(prior, prefix, codes)
+    check_steps(prior, prefix, codes)
+    for scale in (1.0, 2.5) if guided else (1.0,):
+        sampling = Sampling(guidance_scale=scale, temperature=0.9, top_k=prior.codebook_size - 1)
+        seeds = [*range(3)] * len(prefix)
+        together = sample(prior, prefix, seeds, sampling)
+        rows = torch.arange(len(prefix)).repeat_interleave(3)
+        assert torch.equal(together, uncached(prior, prefix[rows], seeds, sampling))
+        for i, (row, seed) in enumerate(zip(rows.tolist(), seeds, strict=True)):
+            assert torch.equal(together[i : i + 1], sample(prior, prefix[row : row + 1], [seed], sampling))
+
+
+def check_causality(prior: Prior, prefix: Tensor, codes: Tensor) -> None:
+    """A code moves the logits after it, and none before."""
+    before = prior(prefix, codes)
+    assert before.shape == (*codes.shape, prior.codebook_size)
+    for j in range(prior.length):
+        changed = codes.clone()
+        changed[:, j] = (changed[:, j] + 1) % prior.codebook_size
+        moved = (prior(prefix, changed) - before).abs().amax(-1) > 0
+        assert not moved[:, : j + 1].any()
+        assert j == prior.length - 1 or moved[:, j + 1 :].all()
+
+
+def check_steps(prior: Prior, prefix: Tensor, codes: Tensor) -> None:
+    """Log-probabilities with a cache sum to the teacher-forced ones."""
+    forced = prior(prefix, codes).log_softmax(-1).gather(-1, codes.unsqueeze(-1)).sum((1, 2))
+    logits, cache = prior.prefill(prefix, prior.length - 1)
+    total = torch.zeros(len(codes))
+    for t in range(prior.length):
+        total += logits.log_softmax(-1).gather(-1, codes[:, t : t + 1])[:, 0]
+        if t < prior.length - 1:
+            logits = prior.step(codes[:, t], cache)
+    torch.testing.assert_close(total, forced, rtol=0, atol=1e-4)
+
+
+def uncached(prior: Prior, prefix: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:
+    """Sampling by the whole forward pass for every code; row i of `prefix` goes with `seeds[i]`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    codes = torch.zeros(len(seeds), prior.length, dtype=torch.int64)
+    for t in range(prior.length):
+        logits = prior(prefix, codes)[:, t]
+        if sampling.guidance_scale != 1:
+            nulls = prior.unconditional(prefix)
+            nulls = nulls.expand(len(prefix), *nulls.shape[1:])
+            logits = guide(logits, prior(nulls, codes)[:, t], sampling.guidance_scale)
+        codes[:, t] = draw(filter_logits(logits, sampling), generators)
+    return codes
