@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -67,12 +66,6 @@ class ImageFolder:
     def image(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
         return to_tensor(fit(open_image(self.items[index].path), self.size))
-
-    def segmentation(self, index: int, size: int) -> Tensor:
-        """The map of a picture that has one, (3, size, size) in [-1, 1]. Raises InputError when the file is broken."""
-        path = self.items[index].segmentation
-        assert path is not None
-        return to_tensor(fit(open_image(path), size, Image.Resampling.NEAREST))
 
     def batch(self, indices: np.ndarray, random: np.random.Generator) -> Batch:
         """The pictures at `indices`, each with one caption drawn by `random`."""

@@ -46,6 +46,38 @@ def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resamp
     return ImageOps.fit(image, (size, size), resample)
 
 
+def read_map(path: str | Path, size: int, channels: int = 3) -> Tensor:
+    """A segmentation map, scaled to `size` by its shorter side and cut to a square, labels unmixed: (channels, H, W).
+
+    With three channels any picture is one, in the RGB of its labels' colours in [-1, 1]. With others it has one channel
+    whose values are the labels themselves (a palette's colours are of no matter), and becomes 1 in the channel of its
+    label and 0 elsewhere. Raises InputError when the file is broken, or when it has a label too many.
+    """
+    if channels == 3:
+        return to_tensor(fit(open_image(path), size, Image.Resampling.NEAREST))
+    labels = torch.from_numpy(_labels(path, size, channels))
+    return torch.nn.functional.one_hot(labels, channels).permute(2, 0, 1).float()
+
+
+def _labels(path: str | Path, size: int, count: int) -> np.ndarray:
+    """(size, size) int64 in [0, count)."""
+    try:
+        with Image.open(path) as opened:
+            if opened.mode not in ("L", "P", "I", "I;16"):
+                raise InputError(
+                    f"{path} is a picture of mode {opened.mode}; a segmentation map has one channel, whose values are "
+                    "the labels"
+                )
+            values = np.asarray(fit(opened, size, Image.Resampling.NEAREST)).astype(np.int64)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the file of a segmentation map") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable picture ({' '.join(str(error).split())})") from None
+    if values.min() < 0 or values.max() >= count:
+        raise InputError(f"{path} has the label {values.max()}, and this tokenizer knows labels 0 to {count - 1}")
+    return values
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

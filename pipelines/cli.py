@@ -25,6 +25,7 @@ EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
     "fontTools": "emoji",
     "peft": "lora",
+    "sklearn": "digits",
     "tensorboard": "track",
     "torch_fidelity": "metrics",
     "torchmetrics": "metrics",
@@ -133,11 +134,14 @@ def generate(
     ] = None,
     prompts_file: Annotated[Path | None, typer.Option("--prompts", help="JSONL file with more prompts.")] = None,
     classes: Annotated[
-        list[int] | None, typer.Option("--class", help="Label to draw, in place of text; several are fine.")
+        list[str] | None, typer.Option("--class", help="Number or name of a class, not text; several are fine.")
     ] = None,
     segmentations: Annotated[
         list[Path] | None, typer.Option("--segmentation", help="Map to draw, a picture of labels; several are fine.")
     ] = None,
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="Draw from a prior that was trained without any condition.")
+    ] = False,
     num_images: Annotated[
         int | None, typer.Option("-n", "--num-images", help="Pictures to keep of each prompt.  [default: 4]")
     ] = None,
@@ -181,10 +185,10 @@ def generate(
 ) -> None:
     """Draw candidates for a prompt and write the best, with a contact sheet of all, as PNG files."""
     from pipelines import generate as generating
-    from pipelines.conditions import ClassLabel, SegmentationMap
+    from pipelines.conditions import ClassLabel, NoPrompt, SegmentationMap
 
     if replay is not None:
-        if prompts or prompts_file or classes or len(segmentations or []) > 1:
+        if prompts or prompts_file or classes or unconditional or len(segmentations or []) > 1:
             raise InputError("--replay draws what the picture remembers; leave the prompts out")
         segmentation = segmentations[0] if segmentations else None
         replayed = generating.replay(
@@ -194,10 +198,11 @@ def generate(
         return
     texts = [*(prompts or []), *(generating.read_prompts(prompts_file) if prompts_file else [])]
     texts += [ClassLabel(label) for label in classes or []] + [SegmentationMap(path) for path in segmentations or []]
+    texts += [NoPrompt()] if unconditional else []
     if not texts:
         raise InputError(
-            "there is nothing to draw; give a prompt, --prompts FILE.jsonl, --class LABEL, --segmentation MAP.png, or "
-            "--replay PICTURE.png"
+            "there is nothing to draw; give a prompt, --prompts FILE.jsonl, --class LABEL, --segmentation MAP.png, "
+            "--unconditional, or --replay PICTURE.png"
         )
     report = generating.generate(
         texts,

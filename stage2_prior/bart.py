@@ -9,6 +9,7 @@ Letters: B batch, N sequences, P text positions, T codes per image, S new positi
 E width.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from common.config import Config
 from common.errors import InputError
 from common.text import END, PAD, START, TextTokenizer
-from stage2_prior.base import Cache, prompt_tokens
+from stage2_prior.base import Cache, Prior, PriorConfig, prompt_tokens
 from stage2_prior.blocks import KeyValues
-from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 
 
 class BartSize(Config):
@@ -40,15 +40,14 @@ class BartSize(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class BartConfig(BartSize, ConditionedConfig):
+class BartConfig(BartSize, PriorConfig):
+    text_vocab_size: int = Field(4096, ge=3)  # V
     spell_emoji: bool = False  # write the names of emoji in a prompt instead of them, as DALL·E mini was trained
 
     @model_validator(mode="after")
     def _consistent(self) -> "BartConfig":
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        if self.condition != "text":
-            raise ValueError(f"this prior draws from text, not from '{self.condition}'")
         if self.code_shape[0] != 1:
             raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
         return self
@@ -65,12 +64,15 @@ class BartCache(Cache):
         return BartCache(self.own.repeat(rows), self.text.repeat(rows), self.seen[rows])
 
 
-class BartPrior(ConditionedPrior):
+class BartPrior(Prior):
     config: BartConfig
     activation_checkpointing = False  # in training, blocks are computed again on the way back instead of remembered
 
     def __init__(self, config: BartConfig, text_tokenizer: TextTokenizer | None = None) -> None:
-        super().__init__(config, text_tokenizer)
+        super().__init__()
+        self.config, self.text_tokenizer = config, text_tokenizer
+        self.code_shape, self.num_codebooks, self.length = config.code_shape, 1, math.prod(config.code_shape)
+        self.codebook_size, self.prefix_length = config.codebook_size, config.text_length
         self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
         self.text_position = nn.Embedding(config.text_length, config.dim)
         self.text_norm = nn.LayerNorm(config.dim)
@@ -99,6 +101,9 @@ class BartPrior(ConditionedPrior):
                 raise InputError(f"the prior's text tokenizer knows no letter of '{one[:40]}'; write it in English")
         return self.pad(tokens)
 
+    def null_prefix(self, rows: int) -> Tensor:
+        return self.pad([[]] * rows)
+
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Token ids -> (B, P) int64 on the prior's device; what does not fit is cut off, and <end> with it."""
         rows = [[START, *ids, END][: self.prefix_length] for ids in tokens]
@@ -110,7 +115,7 @@ class BartPrior(ConditionedPrior):
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
         x, seen = self._embed(codes[:, :-1], 0), prefix != PAD
         for block, text in zip(self.decoder, self._text(prefix), strict=True):
-            x = self._through(block, x, text, seen)
+            x = self._apply(block, x, text, seen)
         return self.head(self.norm(x))
 
     def _text(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -122,10 +127,10 @@ class BartPrior(ConditionedPrior):
         """(B, P) -> (B, P, E)."""
         x, seen = self.text_norm(self.text_embedding(prefix) + self.text_position.weight), prefix != PAD
         for block in self.encoder:
-            x = self._through(block, x, seen)
+            x = self._apply(block, x, seen)
         return self.encoder_norm(x)
 
-    def _through(self, block: nn.Module, *inputs: Any) -> Tensor:
+    def _apply(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

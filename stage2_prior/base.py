@@ -6,6 +6,7 @@ a prior that reads another model's features, those (B, P, ...). A condition is a
 segmentation map; a prior reads the kind that it was trained on, and refuses others.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class Cache(ABC):
 
 
 class PriorConfig(Config):
-    """What the config of every prior says; each adds its `type` and its sizes."""
+    """What the config of every prior says; each adds its sizes, and fixes its `type`."""
 
     type: str
     codebook_size: int = Field(1024, ge=2)  # K
@@ -111,9 +112,19 @@ class Prior(nn.Module, ABC):
         """(B, P). Raises InputError when a text is too long for the prior."""
         raise NotImplementedError
 
+    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of the text tokenizer, those of each text -> (B, P); what does not fit is cut off."""
+        raise NotImplementedError
+
     def class_prefix(self, classes: Sequence[int]) -> Tensor:
         """(B, P). Raises InputError when a label is none of the prior's classes."""
         raise NotImplementedError
+
+    def class_number(self, name: str) -> int:
+        """The number of the class of that name; here every class is called by its number. InputError for another."""
+        if re.fullmatch(r"\d{1,9}", name) is None:
+            raise InputError(f"this prior draws from class labels, say --class 0 or 'class 0', got '{name:.60}'")
+        return int(name)
 
     def segmentation_prefix(self, segmentation: Tensor) -> Tensor:
         """Codes (B, Q, h, w) int64 -> (B, P). Raises InputError when they are not of a map of its size."""

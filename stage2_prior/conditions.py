@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, nearest
 from common.text import PAD, START, TextTokenizer
 from stage2_prior.base import Condition, Prior, PriorConfig, class_labels, flatten_codes, prompt_tokens
 from stage2_prior.codes import Codes, CodesBatch
@@ -74,32 +74,50 @@ def condition_of(kind: Condition, source: Codes, text_tokenizer: TextTokenizer |
 
     Raises InputError when they lack the condition, or there is no tokenizer for a text.
     """
-    meta, said = source.meta, {"condition": kind}
+    meta = source.meta
     match kind:
         case "text":
             if text_tokenizer is None:
                 raise InputError("a prior of text needs text_tokenizer; name its folder, or choose another condition")
             fingerprint = text_tokenizer.fingerprint
-            return said | {"text_vocab_size": text_tokenizer.vocab_size, "text_tokenizer_fingerprint": fingerprint}
+            return {"text_vocab_size": text_tokenizer.vocab_size, "text_tokenizer_fingerprint": fingerprint}
         case "class":
             if not meta.class_names:
                 raise InputError(
                     f"the codes in {source.folder} have no labels; give every picture a 'label' in the metadata and "
                     "encode again"
                 )
-            return said | {"class_names": meta.class_names}
+            return {"class_names": meta.class_names}
         case "segmentation":
             if meta.segmentation is None:
                 raise InputError(
                     f"{source.folder} has no codes of segmentation maps; encode with a segmentation_tokenizer"
                 )
-            return said | {
+            return {
                 "segmentation_codebook_size": meta.segmentation.codebook_size,
                 "segmentation_code_shape": meta.segmentation.code_shape,
                 "segmentation_tokenizer_fingerprint": meta.segmentation.tokenizer_fingerprint,
             }
         case "none":
-            return said
+            return {}
+
+
+def batch_prefix(prior: Prior, batch: CodesBatch, bpe_dropout: float = 0.0, random: Random | None = None) -> Tensor:
+    """The prefixes of pictures as they come from disk, (B, P); a caption that is too long is cut off.
+
+    `bpe_dropout` is the share of merges that `random` leaves out of captions.
+    """
+    match prior.condition:
+        case "text":
+            assert prior.text_tokenizer is not None
+            tokenizer = prior.text_tokenizer
+            return prior.pad([tokenizer.encode(caption, bpe_dropout, random) for caption in batch.captions])
+        case "class":
+            return prior.prefix(classes=batch.labels)
+        case "segmentation":
+            return prior.prefix(segmentation=batch.segmentation)
+        case "none":
+            return prior.null_prefix(len(batch.codes))
 
 
 class ConditionedPrior(Prior):
@@ -124,24 +142,11 @@ class ConditionedPrior(Prior):
         rows = [[START, *ids[:room], *[PAD] * (room - len(ids))] for ids in tokens]
         return torch.tensor(rows, dtype=torch.int64, device=self._device).view(-1, self.prefix_length)
 
-    def batch_prefix(self, batch: CodesBatch, bpe_dropout: float = 0.0, random: Random | None = None) -> Tensor:
-        """The prefixes of pictures as they come from disk, (B, P); a caption that is too long is cut off.
-
-        `bpe_dropout` is the share of merges that `random` leaves out of captions.
-        """
-        match self.condition:
-            case "text":
-                assert self.text_tokenizer is not None
-                return self.pad(
-                    [self.text_tokenizer.encode(caption, bpe_dropout, random) for caption in batch.captions]
-                )
-            case "class":
-                return self.class_prefix(batch.labels)
-            case "segmentation":
-                assert batch.segmentation is not None
-                return self.segmentation_prefix(batch.segmentation)
-            case "none":
-                return self.null_prefix(len(batch.codes))
+    def class_number(self, name: str) -> int:
+        known = list(self.config.class_names)
+        if name not in known and not name.isdecimal():
+            raise InputError(f"this prior has no class '{name:.60}'{nearest(name, known)}")
+        return known.index(name) if name in known else int(name)
 
     def class_prefix(self, classes: Sequence[int]) -> Tensor:
         return class_labels(classes, len(self.config.class_names), self._device)

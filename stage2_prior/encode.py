@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, class_names, read_items
 from common.errors import InputError
+from common.images import read_map
 from common.weights import write_json
 from stage1_tokenizer import Autoencoder
 from stage2_prior.codes import CAPTIONS, META, CodesMeta, SegmentationMeta, shard_name
@@ -82,7 +83,9 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             images = torch.stack([data.image(i) for i in some])
             parts.append(tokenizer.encode(images.to(state.device)).int().cpu())
             if map_tokenizer is not None:
-                maps = torch.stack([data.segmentation(i, map_tokenizer.image_size) for i in some])
+                side, channels = map_tokenizer.image_size, map_tokenizer.config.trunk.image_channels
+                paths = [path for path in (data.items[i].segmentation for i in some) if path is not None]
+                maps = torch.stack([read_map(path, side, channels) for path in paths])
                 map_parts.append(map_tokenizer.encode(maps.to(state.device)).int().cpu())
             bar.update(len(images))
             done += len(images)

@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from common.errors import InputError
 from common.text import PAD
+from stage2_prior.base import Prior
 from stage2_prior.codes import Codes
-from stage2_prior.conditions import ConditionedPrior, condition_of
+from stage2_prior.conditions import batch_prefix, condition_of
 from stage2_prior.load import load_prior
 from stage2_prior.sampling.settings import guide
+from stage2_prior.transformer import GPTPrior
 
 
 @torch.inference_mode()
@@ -26,8 +28,8 @@ def evaluate(
 
     `image` is nats a code given the condition, `image_by_depth` the same for each codebook, `image_without_caption`
     what it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text`
-    is nats a text token, the end of the text among them (None where no picture has a caption or none is foretold).
-    Raises InputError when the codes are not those of the prior's image tokenizer, or have not its condition.
+    is nats a text token, the end of the text among them (None where no picture has a caption, or for another prior than
+    the GPT). Raises InputError when the codes are not those of the prior's image tokenizer, or have not its condition.
     """
     source, prior = Codes(codes), load_prior(model)
     if prior.config.image_tokenizer_fingerprint not in ("", source.meta.tokenizer_fingerprint):
@@ -35,8 +37,6 @@ def evaluate(
             f"the prior in {model} draws codes of tokenizer {prior.config.image_tokenizer_fingerprint}, {codes} holds "
             f"codes of {source.meta.tokenizer_fingerprint}; encode the pictures with the prior's own tokenizer"
         )
-    if not isinstance(prior, ConditionedPrior):
-        raise InputError(f"the prior in {model} is of type {prior.config.type}, only those trained here are evaluated")
     _check_condition(model, prior, source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior.to(device)
@@ -45,7 +45,7 @@ def evaluate(
     for first in tqdm(range(0, len(source), batch_size), unit="batch", disable=not sys.stderr.isatty()):
         rows = source.codes[first : first + batch_size].long().to(device)  # (B, T)
         captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
-        prefix = prior.batch_prefix(source.batch(range(first, first + len(rows)), captions))  # (B, P)
+        prefix = batch_prefix(prior, source.batch(range(first, first + len(rows)), captions))  # (B, P)
         predictions = prior.predict(prefix, rows)
         unconditional = prior(prior.null_prefix(len(rows)), rows)
         captioned += by_depth(predictions.codes, rows, prior.num_codebooks)
@@ -53,12 +53,11 @@ def evaluate(
         if guidance_scale is not None:
             mixed = guide(predictions.codes, unconditional, guidance_scale)
             guided += by_depth(mixed, rows, prior.num_codebooks)
-        if predictions.text is None:
-            continue
-        targets = prefix[:, 1:]
-        said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
-        text += float(nats(predictions.text, targets)[said].double().sum())
-        tokens += int(said.sum())
+        if isinstance(prior, GPTPrior) and predictions.text is not None:
+            targets = prefix[:, 1:]
+            said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
+            text += float(nats(predictions.text, targets)[said].double().sum())
+            tokens += int(said.sum())
     seconds = time.perf_counter() - start
     positions = len(source) * prior.length // prior.num_codebooks
     report: dict[str, Any] = {
@@ -77,10 +76,14 @@ def evaluate(
     }
 
 
-def _check_condition(model: str | Path, prior: ConditionedPrior, source: Codes) -> None:
+def _check_condition(model: str | Path, prior: Prior, source: Codes) -> None:
     """Raises InputError unless the codes have the condition that the prior draws from, of the same classes or maps."""
-    wanted = condition_of(prior.condition, source, prior.text_tokenizer)
-    if prior.condition != "text" and any(getattr(prior.config, key) != value for key, value in wanted.items()):
+    if prior.condition == "text":
+        if prior.text_tokenizer is None:
+            raise InputError(f"the prior in {model} has no text tokenizer, so no captions can be read with it")
+        return
+    wanted = condition_of(prior.condition, source, None)
+    if any(getattr(prior.config, key, value) != value for key, value in wanted.items()):
         raise InputError(
             f"the prior in {model} was trained with other classes or other codes of maps than {source.folder} has; "
             "encode with the tokenizers and the labels that it was trained with"

@@ -21,11 +21,11 @@ from common.errors import InputError
 from common.training import OptimizerConfig, Run, RunConfig
 from common.weights import new_folder
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
-from stage2_prior.conditions import ConditionedPrior
+from stage2_prior.conditions import batch_prefix
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
 from stage2_prior.sampling import Sampling
-from stage2_prior.train import Objective, check_codes, find_image_tokenizer, sample_pictures
+from stage2_prior.train import Objective, Trainable, check_codes, find_image_tokenizer, sample_pictures
 from stage2_prior.transformer import GPTPrior
 
 
@@ -96,7 +96,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     codes = Codes(recipe.codes)
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     prior = load_prior(recipe.prior)
-    if not isinstance(prior, ConditionedPrior):
+    if not isinstance(prior, Trainable):
         raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
     check_codes(prior, recipe.prior, codes, recipe.codes)
     base = base_fingerprint(prior)
@@ -117,7 +117,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
 
     for batch in run.batches(_steps(recipe, codes, prior, rank, world)):
         dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
-        prefix = torch.where(dropped[:, None], prior.null_prefix(1), prior.batch_prefix(batch))  # (B, P)
+        prefix = torch.where(dropped[:, None], prior.null_prefix(1), batch_prefix(prior, batch))  # (B, P)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
         loss = (text_weight * text_loss + depth_losses.mean()) / (text_weight + 1)

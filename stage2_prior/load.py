@@ -10,7 +10,7 @@ from common.text import FILE, TextTokenizer
 from common.weights import find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
 
-KINDS = ("gpt", "pixelcnn", "bart", "mindalle", "rudalle", "llamagen", "janus", "taming")
+KINDS = ("gpt", "bart", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
 
 
 class Tagged(BaseModel):

@@ -16,6 +16,7 @@ Letters: B batch, N sequences, P prefix, Q codebooks, h w code grid, T = Q·h·w
 positions a layer sees to each side.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -104,10 +105,13 @@ class PixelCNNPrior(ConditionedPrior):
         vertical = F.pad(grid, (0, 0, 1, 0))[:, :, :height]  # moved down by a row
         horizontal = F.pad(grid, (1, 0))[..., :width]  # moved right by a column
         condition = self.read_condition(prefix)
-        for layer in self.layers:
+        for layer in self._layers():
             vertical, horizontal = layer(vertical, horizontal, layer.condition(condition))
         state = rearrange(self._head(horizontal), "b e h w -> b (h w) e")
         return self.code_head(state, positions).flatten(1, 2)
+
+    def _layers(self) -> Iterator["GatedLayer"]:
+        return (layer for layer in self.layers if isinstance(layer, GatedLayer))
 
     def _embed(self, codes: Tensor) -> Tensor:
         """All Q codes of positions (..., Q) -> (..., E)."""
@@ -131,7 +135,7 @@ class PixelCNNPrior(ConditionedPrior):
             empty(config.depth, rows, config.dim, side + height, width),
             empty(config.depth, rows, 2 * config.dim, width),
             empty(config.depth, rows, config.dim, side + width),
-            torch.stack([layer.condition(condition) for layer in self.layers]),
+            torch.stack([layer.condition(condition) for layer in self._layers()]),
         )
         return self._advance(cache, prefix[:, :0]), cache
 
@@ -152,7 +156,7 @@ class PixelCNNPrior(ConditionedPrior):
         if column == 0:
             self._advance_row(cache, row)
         x = cache.codes[:, :, row, column - 1] if column > 0 else torch.zeros_like(cache.codes[:, :, 0, 0])  # (N, E)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers()):
             cache.horizontal[i, :, :, side + column] = x
             seen = cache.horizontal[i, :, :, None, column : column + side + 1]
             condition = at(cache.conditions[i], row, column)
@@ -166,7 +170,7 @@ class PixelCNNPrior(ConditionedPrior):
         """Computes the vertical stack of a row, of which all that is above it has been drawn."""
         side = self.config.kernel_size // 2
         x = cache.codes[:, :, row - 1 : row] if row > 0 else torch.zeros_like(cache.codes[:, :, :1])  # (N, E, 1, w)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._layers()):
             cache.vertical[i, :, :, side + row] = x[:, :, 0]
             seen = F.pad(cache.vertical[i, :, :, row : row + side + 1], (side, side))
             x, link = layer.down(x, seen, at(cache.conditions[i], row))

@@ -2,51 +2,49 @@
 
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import Annotated, Any, assert_never
 
 import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, read_recipe
+from common.config import Config, read_recipe, validate
 from common.errors import InputError
 from common.text import PAD, TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
-from stage2_prior.bart import BartPrior, BartSize
-from stage2_prior.base import Condition, Prior, unflatten_codes
+from stage2_prior.bart import BartConfig, BartPrior, BartSize
+from stage2_prior.base import Condition, Predictions, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesSteps
-from stage2_prior.conditions import ConditionedPrior, condition_of
-from stage2_prior.load import load_prior, prior_kind
-from stage2_prior.pixelcnn import PixelCNNSize
+from stage2_prior.conditions import batch_prefix, condition_of
+from stage2_prior.load import load_prior
+from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior, PixelCNNSize
 from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTPrior, GPTSize
+from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 from stage2_prior.truncation import describe, truncation
 
 
-def _type(size: Any) -> str:
-    """The tag of a model; the GPT is meant where it is left out."""
-    return size.get("type", "gpt") if isinstance(size, dict) else getattr(size, "type", "gpt")
+def _kind(size: Any) -> str:
+    """The tag of a model; a GPT is meant where it is left out."""
+    return str(size.get("type", "gpt")) if isinstance(size, dict) else getattr(size, "type", "gpt")
 
 
 AnySize = Annotated[
-    Annotated[GPTSize, Tag("gpt")] | Annotated[PixelCNNSize, Tag("pixelcnn")] | Annotated[BartSize, Tag("bart")],
-    Discriminator(_type),
-    BeforeValidator(with_preset),
+    Annotated[GPTSize, Tag("gpt")] | Annotated[BartSize, Tag("bart")] | Annotated[PixelCNNSize, Tag("pixelcnn")],
+    Discriminator(_kind),
 ]
+Trainable = GPTPrior | BartPrior | PixelCNNPrior
 
 
 class PriorRecipe(Config):
     codes: Path  # written by tessera encode
     condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
-    text_tokenizer: Path | None = None  # for a condition of text
+    text_tokenizer: Path | None = None  # that a prior of text reads with
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
-    model: AnySize = (
-        GPTSize()
-    )  # `type: pixelcnn` or `bart`; `preset: NAME` gives what is not named of a GPT
+    model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
@@ -62,31 +60,36 @@ class PriorRecipe(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PriorRecipe":
-        if self.text_weight and self.model.type != "gpt" and "text_weight" in self.model_fields_set:
-            raise ValueError(f"text_weight is for a model that foretells the text, and {self.model.type} only reads it")
+        foretells_text = isinstance(self.model, GPTSize) and self.condition == "text"
+        if self.text_weight and not foretells_text and "text_weight" in self.model_fields_set:
+            raise ValueError(
+                f"text_weight is for a gpt that foretells a text, and {self.model.type} only reads its {self.condition}"
+            )
+        if isinstance(self.model, BartSize) and self.condition != "text":
+            raise ValueError(f"bart reads text, and the condition is {self.condition}; use a gpt or a pixelcnn")
+        if isinstance(self.model, PixelCNNSize) and self.activation_checkpointing:
+            raise ValueError("activation_checkpointing is for transformers, not for a pixelcnn")
+        if self.prompts and self.condition != "text":
+            raise ValueError(f"prompts are texts, and the condition is {self.condition}; leave them out")
         if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
             raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
-        if self.prompts and self.condition != "text":
-            raise ValueError(f"prompts are texts, and a prior of condition '{self.condition}' reads none")
-        if self.activation_checkpointing and self.model.type == "pixelcnn":
-            raise ValueError("activation_checkpointing is for a model of type gpt or bart")
         return self
 
 
 class Objective(nn.Module):
-    """Prefixes and codes -> the mean loss of the text, and of each codebook (Q,), in nats a token.
+    """Prefixes and codes -> the mean loss of the text, 0 where it is only read, and of each codebook (Q,), in nats.
 
     One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
     prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: ConditionedPrior, pkeep: float = 1.0) -> None:
+    def __init__(self, prior: Trainable, pkeep: float = 1.0) -> None:
         super().__init__()
         self.prior, self.pkeep = prior, pkeep
 
     def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
-        predictions = self.prior.predict(prefix, read, *(() if order is None else (order,)))
+        predictions = self._predict(prefix, read, order)
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
         if predictions.text is None:
@@ -96,6 +99,11 @@ class Objective(nn.Module):
         targets = prefix[:, 1:].masked_fill(~said, -100)
         text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return text / said.sum().clamp_min(1), image
+
+    def _predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Predictions:
+        if isinstance(self.prior, GPTPrior):
+            return self.prior.predict(prefix, codes, order)
+        return self.prior.predict(prefix, codes)
 
 
 def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
@@ -136,10 +144,10 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()
-    if isinstance(prior, GPTPrior | BartPrior):
+    if not isinstance(prior, PixelCNNPrior):
         prior.activation_checkpointing = recipe.activation_checkpointing
-    says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
-    text_weight = recipe.text_weight if says_text else 0.0
+    foretells_text = isinstance(prior, GPTPrior) and prior.condition == "text"
+    text_weight = recipe.text_weight if foretells_text else 0.0
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
     if text_tokenizer is not None:
@@ -149,7 +157,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
         dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
         random = Random(f"{recipe.run.seed} {run.step} {rank}")
-        prefix = prior.batch_prefix(batch, recipe.bpe_dropout, random)  # (B, P)
+        prefix = batch_prefix(prior, batch, recipe.bpe_dropout, random)  # (B, P)
         prefix = torch.where(dropped[:, None], prior.null_prefix(1), prefix)
         order = None
         if isinstance(prior, GPTPrior) and prior.config.order == "random":
@@ -162,12 +170,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         run.update(optimizers, loss)
         average.update_parameters(prior)
         run.log(loss=loss, image=depth_losses.mean(), first=depth_losses[0])
-        if says_text:
+        if foretells_text:
             run.log(text=text_loss)
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
-            assert isinstance(exported, ConditionedPrior)
+            assert isinstance(exported, Prior)
             exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
                 tokenizer = image_tokenizer.to(run.device)
@@ -175,28 +183,33 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     return folder
 
 
-def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> ConditionedPrior:
+def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> Trainable:
     """A new prior for the codes, or the one that the recipe goes on from."""
     condition = condition_of(recipe.condition, codes, text_tokenizer)
     if recipe.prior is None:
-        own = {
+        sizes = recipe.model.model_dump() | condition | {
             "codebook_size": codes.meta.codebook_size,
             "code_shape": codes.meta.code_shape,
             "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
             "condition_dropout": recipe.condition_dropout,
-        }
-        config, model = prior_kind(recipe.model.type, "model")
-        new = model(config.model_validate(own | condition | recipe.model.model_dump()), text_tokenizer)
-        assert isinstance(new, ConditionedPrior)
-        return new
+        }  # fmt: skip
+        own = {"condition": recipe.condition}
+        match recipe.model:
+            case GPTSize():
+                return GPTPrior(validate(GPTConfig, sizes | own, where="model"), text_tokenizer)
+            case PixelCNNSize():
+                return PixelCNNPrior(validate(PixelCNNConfig, sizes | own, where="model"), text_tokenizer)
+            case BartSize():
+                return BartPrior(validate(BartConfig, sizes, where="model"), text_tokenizer)
+            case _:
+                assert_never(recipe.model)
     prior = load_prior(recipe.prior, text_tokenizer)
-    if not isinstance(prior, ConditionedPrior):
-        raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
-    different = [key for key, value in condition.items() if getattr(prior.config, key) != value]
-    if different:
+    if not isinstance(prior, Trainable):
+        raise InputError(f"the prior in {recipe.prior} is of type {type(prior).__name__}, which cannot be trained here")
+    if prior.condition != recipe.condition or any(getattr(prior.config, key) != condition[key] for key in condition):
         raise InputError(
-            f"the prior in {recipe.prior} has another {different[0]} than this recipe and its codes; go on with the "
-            "condition that it was trained with"
+            f"the prior in {recipe.prior} was trained with another condition, text tokenizer, other classes or other "
+            "codes of maps than the recipe and its codes have; go on with the same"
         )
     check_codes(prior, recipe.prior, codes, recipe.codes)
     if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a condition
@@ -229,22 +242,16 @@ def find_image_tokenizer(folder: Path | None, codes: Codes, codes_folder: Path) 
 
 
 def sample_pictures(
-    run: Run,
-    prior: ConditionedPrior,
-    tokenizer: Autoencoder,
-    prompts: tuple[str, ...],
-    sampling: Sampling,
-    codes: Codes,
+    run: Run, prior: Prior, tokenizer: Autoencoder, prompts: tuple[str, ...], sampling: Sampling, codes: Codes
 ) -> None:
     """A picture for each of the prompts, or of some conditions of the codes; the same seeds every time."""
     rows = range(0, len(codes), -(-len(codes) // 16))
-    captions = [(codes.captions[i] or ("",))[0] for i in rows]
+    labels = [(codes.captions[i] or ("",))[0] for i in rows]
+    prefix = prior.prefix(prompts) if prompts else batch_prefix(prior, codes.batch(rows, labels))
     if prompts:
-        prefix, labels = prior.prefix(prompts), list(prompts)
-    else:
-        prefix, labels = prior.batch_prefix(codes.batch(rows, captions)), captions
-        if prior.condition == "class":
-            labels = [codes.meta.class_names[codes.labels[i]] for i in rows]
+        labels = list(prompts)
+    elif prior.condition == "class":
+        labels = [codes.meta.class_names[codes.labels[i]] for i in rows]
     drawn = sample(prior, prefix, range(len(labels)), sampling)
     images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
     run.save_pictures("samples", images, labels)

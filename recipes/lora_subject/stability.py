@@ -15,8 +15,9 @@ import torch
 from common.training import OptimizerConfig, Optimizers
 from stage2_prior import load_prior
 from stage2_prior.codes import Codes, CodesSteps
+from stage2_prior.conditions import batch_prefix
 from stage2_prior.finetune import LoraSettings, add_lora
-from stage2_prior.train import Objective
+from stage2_prior.train import Objective, Trainable
 
 PRIOR, RUNS = Path("pipelines/bundles/emoji/prior"), Path("runs/lora_subject")
 BASE: dict[str, Any] = {"learning_rate": 2e-3, "rank": 8, "alpha": 16}
@@ -45,7 +46,7 @@ def measure(changes: dict[str, Any], steps: int) -> Measured:
     settings = {**BASE, **changes}
     optimizer = {name: settings.pop(name) for name in ("learning_rate", "warmup_steps") if name in settings}
     prior = load_prior(PRIOR)
-    assert prior.text_tokenizer is not None
+    assert isinstance(prior, Trainable)
     new, known = Codes(RUNS / "codes"), Codes(RUNS / "check")
     torch.manual_seed(0)
     lora = LoraSettings.model_validate(settings)
@@ -56,7 +57,7 @@ def measure(changes: dict[str, Any], steps: int) -> Measured:
     batches, worst = CodesSteps(new, 4, seed=0), 0.0
     for step in range(steps):
         batch = batches[step]
-        text, image = objective(prior.pad([prior.text_tokenizer.encode(text) for text in batch.captions]), batch.codes)
+        text, image = objective(batch_prefix(prior, batch), batch.codes)
         loss = (text / 8 + image.mean()) / (1 + 1 / 8)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizers.parameters, config.clip_norm)
@@ -67,10 +68,8 @@ def measure(changes: dict[str, Any], steps: int) -> Measured:
 
 @torch.no_grad()
 def nats(objective: Objective, codes: Codes, pictures: int) -> float:
-    tokenizer = objective.prior.text_tokenizer
-    assert tokenizer is not None
     captions = [choices[0] for choices in codes.captions[:pictures]]
-    prefix = objective.prior.pad([tokenizer.encode(caption) for caption in captions])
+    prefix = batch_prefix(objective.prior, codes.batch(range(pictures), captions))
     return float(objective(prefix, codes.codes[:pictures].long())[1].mean())
 
 
