@@ -64,15 +64,23 @@ def _encoder_segments(encoder: nn.Module) -> list[Segment]:
     match encoder:
         case Encoder():
             p, (*levels, last) = encoder.patch_size, encoder.levels
-            stem = [partial(F.pixel_unshuffle, downscale_factor=p), encoder.conv_in]
-            deepest = [last, encoder.middle, encoder.norm_out, F.silu, encoder.conv_out, encoder.quant_conv]
+            stem: list[Layer] = [partial(F.pixel_unshuffle, downscale_factor=p), encoder.conv_in]
+            deepest: list[Layer] = [
+                last,
+                encoder.middle,
+                encoder.norm_out,
+                F.silu,
+                encoder.conv_out,
+                encoder.quant_conv,
+            ]
             if not levels:
                 return [_segment(*stem, *deepest, grain=p, reduction=p)]
             first = _segment(*stem, levels[0], grain=2 * p, reduction=p)
             return [first, *(_segment(level, grain=2) for level in levels[1:]), _segment(*deepest)]
         case DVAEEncoder():
             halve = partial(F.max_pool2d, kernel_size=2)
-            groups = [[encoder.squeeze, encoder.conv_in, encoder.groups[0]], *([halve, g] for g in encoder.groups[1:])]
+            groups: list[list[Layer]] = [[encoder.squeeze, encoder.conv_in, encoder.groups[0]]]
+            groups += [[halve, group] for group in encoder.groups[1:]]
             groups[-1] += [F.relu, encoder.conv_out]
             return [_segment(*layers, grain=1 + (i > 0), reduction=1 + (i > 0)) for i, layers in enumerate(groups)]
         case PatchEncoder():
@@ -86,7 +94,7 @@ def _decoder_segments(decoder: nn.Module, latents: Tensor) -> list[Segment]:
     match decoder:
         case Decoder():
             levels = _with_doublings(decoder.levels)
-            start = [decoder.post_quant_conv, decoder.conv_in, decoder.middle]
+            start: list[Layer] = [decoder.post_quant_conv, decoder.conv_in, decoder.middle]
             end = [
                 decoder.norm_out,
                 F.silu,
@@ -94,16 +102,18 @@ def _decoder_segments(decoder: nn.Module, latents: Tensor) -> list[Segment]:
                 partial(F.pixel_shuffle, upscale_factor=decoder.patch_size),
             ]
             levels = [start + levels[0], *levels[1:]]
-            levels[-1] = levels[-1] + end
+            levels[-1] += end
             return [_segment(*layers) for layers in levels]
         case MoVQDecoder():
             levels = _with_doublings(decoder.levels)
-            levels = [[decoder.post_quant_conv, decoder.conv_in, *decoder.middle] + levels[0], *levels[1:]]
-            levels[-1] = levels[-1] + [decoder.norm_out, F.silu, decoder.conv_out]
+            begin: list[Layer] = [decoder.post_quant_conv, decoder.conv_in, *decoder.middle]
+            levels = [begin + levels[0], *levels[1:]]
+            levels[-1] += [decoder.norm_out, F.silu, decoder.conv_out]
             return [_modulated(layers, latents, 2 ** max(0, depth - 1)) for depth, layers in enumerate(levels)]
         case DVAEDecoder():
             double = partial(F.interpolate, scale_factor=2.0, mode="nearest")
-            groups = [[decoder.conv_in, decoder.groups[0]], *([double, group] for group in decoder.groups[1:])]
+            groups: list[list[Layer]] = [[decoder.conv_in, decoder.groups[0]]]
+            groups += [[double, group] for group in decoder.groups[1:]]
             groups[-1] += [F.relu, decoder.conv_out]
             return [_segment(*layers) for layers in groups]
         case _:
@@ -138,8 +148,10 @@ def _modulated(layers: list[Layer], latents: Tensor, scale: int) -> Segment:
     def run(x: Tensor, box: Box) -> Tensor:
         below = Box(*(side // scale for side in box)).of(latents)
         for layer in layers:
-            reads = isinstance(layer, ModulatedNorm | ModulatedBlock | ModulatedAttention)
-            x = layer(x, below) if reads else layer(x)
+            if isinstance(layer, ModulatedNorm | ModulatedBlock | ModulatedAttention):
+                x = layer(x, below)
+            else:
+                x = layer(x)
         return x
 
     return Segment(run, tuple(layer for layer in layers if isinstance(layer, nn.Module)), grain=scale)
