@@ -1,8 +1,7 @@
 """minDALL-E's GPT (Kakao Brain 2021): 64 text positions, then 256 codes, in one causal sequence.
 
 Text and codes have embeddings, positions and heads of their own; nothing stands between them, the last text position
-foretells the first code. Padding is a token like any other and is attended to. It was not trained without captions, so
-guidance away from an all-padding text is possible, but is nothing its authors meant.
+foretells the first code. Padding is a token like any other and is attended to.
 
 Letters: B batch, N sequences, P text positions, T codes per image, K codebook size, V text vocabulary, E width.
 """
@@ -15,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
 from stage2_prior.blocks import Block, KeyValues
@@ -75,6 +75,12 @@ class MinDALLEPrior(Prior):
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.pad([[]] * rows)
+
+    def unconditional(self, prefix: Tensor) -> Tensor:
+        raise InputError(
+            "this prior was never trained without its text, so there is nothing to guide away from; "
+            "use a guidance_scale of 1"
+        )
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Ids of our text tokenizer, which has its specials before minDALL-E's ids -> (B, P); the rest is cut off."""

@@ -148,7 +148,9 @@ def test_logits_and_greedy_codes_equal_gpt2s(size: dict, prior: MinDALLEPrior) -
 
 
 def test_laws(prior: MinDALLEPrior) -> None:
-    check_laws(prior, prior.prefix(["a cat on the beach", ""]))
+    check_laws(prior, prior.prefix(["a cat on the beach", ""]), guided=False)
+    with pytest.raises(InputError, match="never trained without its text"):
+        sample(prior, prior.prefix(["a cat"]), [0], Sampling(guidance_scale=2))
 
 
 def test_text_is_read_as_the_project_reads_it(tmp_path: Path) -> None:

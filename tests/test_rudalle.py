@@ -185,7 +185,9 @@ def test_logits_and_greedy_codes_equal_the_reference(version: str, prior: RuDALL
 
 
 def test_laws(prior: RuDALLEPrior) -> None:
-    check_laws(prior, prior.prefix(["кот", "дом"]))
+    check_laws(prior, prior.prefix(["кот", "дом"]), guided=False)
+    with pytest.raises(InputError, match="never trained without its text"):
+        sample(prior, prior.prefix(["кот"]), [0], Sampling(guidance_scale=2))
 
 
 @pytest.mark.parametrize("wraps", [False, True])
