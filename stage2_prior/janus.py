@@ -80,29 +80,45 @@ class JanusPrior(Prior):
 
     def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P) int64: the template with the text in it, padded on the left."""
-        if self.text_tokenizer is None:
-            raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
-        return self.pad([self._tokens(self.text_tokenizer, one) for one in text])
+        rows = [self._tokens(one) for one in text]
+        for ids in rows:
+            if len(ids) > self.prefix_length:
+                raise InputError(
+                    f"the prompt has {len(ids)} tokens with what stands around it, the prior reads at most "
+                    f"{self.prefix_length}; shorten it"
+                )
+        return self.padded(rows)
 
-    def _tokens(self, tokenizer: TextTokenizer, text: str) -> list[int]:
-        """Raises InputError when the text is too long."""
+    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of the text tokenizer -> (B, P): the text that they spell in the template; the rest is cut off."""
+        rows = []
+        for kept in tokens:
+            while len(ids := self._tokens(self._tokenizer().decode(list(kept)))) > self.prefix_length:
+                if not kept:
+                    raise InputError(f"the template alone has {len(ids)} tokens, the prior reads {self.prefix_length}")
+                kept = kept[: self.prefix_length - len(ids)]
+            rows.append(ids)
+        return self.padded(rows)
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Whole prompts as ids of the language model, at most P each -> (B, P) int64."""
+        filled = [[NOTHING] * (self.prefix_length - len(ids)) + list(ids) for ids in rows]
+        return torch.tensor(filled, device=self.code_embedding.weight.device).view(-1, self.prefix_length)
+
+    def _tokens(self, text: str) -> list[int]:
+        """The template with the text in it, as ids of the language model."""
         ids: list[int] = []
         for piece in self.config.template:
             if isinstance(piece, int):
                 ids.append(piece)
             else:  # our tokenizer has its own specials before the model's ids
-                ids += [i - len(SPECIALS) for i in tokenizer.encode(piece.replace(PROMPT, text))]
-        if len(ids) > self.prefix_length:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens with what stands around it, the prior reads at most "
-                f"{self.prefix_length}; shorten it"
-            )
+                ids += [i - len(SPECIALS) for i in self._tokenizer().encode(piece.replace(PROMPT, text))]
         return ids
 
-    def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Ids of the language model, at most P a row -> (B, P) int64."""
-        rows = [[NOTHING] * (self.prefix_length - len(ids)) + list(ids) for ids in tokens]
-        return torch.tensor(rows, device=self.code_embedding.weight.device).view(-1, self.prefix_length)
+    def _tokenizer(self) -> TextTokenizer:
+        if self.text_tokenizer is None:
+            raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
+        return self.text_tokenizer
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.unconditional(self.text_prefix([""])).expand(rows, -1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration
 
@@ -21,7 +21,6 @@ from stage2_prior.convert import janus as converter
 from stage2_prior.janus import JanusPrior
 from tests.prior_laws import check_laws
 
-WORDS = "<|User|>: a red heart above blue circle\n\n<|Assistant|>:"
 BEGIN, PADDING, BEGIN_IMAGE = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>"
 SIZES = {
     "shared keys": {"dim": 32, "depth": 3, "heads": 4, "kv": 2, "mlp": 40, "levels": [1, 1, 2], "patches": 4},
@@ -34,6 +33,7 @@ def byte_tokenizer(folder: Path) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     own = [BEGIN, PADDING, BEGIN_IMAGE, "<|User|>", "<|Assistant|>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in own])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -111,6 +111,7 @@ def test_prompts_become_the_tokens_that_the_published_tokenizer_gives(pair):
         (row,) = prior.prefix([text]).tolist()
         assert [i for i in row if i >= 0] == theirs(folder, text)
         assert row == [-1] * (64 - len(theirs(folder, text))) + theirs(folder, text)
+        assert torch.equal(prior.pad([prior.text_tokenizer.encode(text)]), prior.prefix([text]))
     # Janus' own tokens, written by a user, are text.
     (row,) = prior.prefix([BEGIN_IMAGE]).tolist()
     assert row.count(row[-1]) == 1
@@ -157,11 +158,11 @@ def test_laws(pair):
     assert torch.equal(prior.null_prefix(2), prior.unconditional(prior.prefix(["", ""])))
 
 
-def test_bundle_draws_and_says_where_it_is_from(pair, tmp_path, capsys):
+def test_bundle_draws_and_says_where_it_is_from(pair, tmp_path):
     bundle = pair[2]
     assert cli.main(["generate", "a red heart", "--model", str(bundle), "-n", "1", "--candidates", "2", "-o",
                      str(tmp_path / "out"), "--device", "cpu"]) == 0  # fmt: skip
-    assert (tmp_path / "out" / "a-red-heart-1-seed0.png").is_file() or list((tmp_path / "out").glob("*.png"))
+    assert len(list((tmp_path / "out").glob("a-red-heart-1-seed*.png"))) == 1
     report = describe(bundle)
     assert report["prior"]["origin"]["weights_licence"] == "DeepSeek Model License"
     assert report["sampling"]["guidance_scale"] == 5.0
@@ -253,6 +254,9 @@ def test_bad_input(pair, tmp_path):
     prior = load_prior(bundle / "prior")
     with pytest.raises(InputError, match=r"the prompt has \d+ tokens with what stands around it, the prior reads at m"):
         prior.prefix(["long " * 100])
+    cut = prior.pad([prior.text_tokenizer.encode("long " * 100)])[0].tolist()
+    room = 64 - len(theirs(folder, ""))
+    assert cut == theirs(folder, ("long " * 100)[:room])  # a token is a byte here
     with pytest.raises(InputError, match="this prior draws from text and was given class labels"):
         prior.prefix(classes=[3])
     with pytest.raises(InputError, match="deepseek-community/Janus-Pro-7B"):

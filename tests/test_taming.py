@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.errors import InputError
 from pipelines import cli
-from pipelines.bundle import load_bundle
+from pipelines.bundle import assemble_bundle, load_bundle
 from pipelines.conditions import SegmentationMap, map_codes
 from pipelines.convert import convert
 from pipelines.info import describe
@@ -232,6 +232,24 @@ def test_a_pipeline_saves_all_of_its_parts(pair, tmp_path):
     again = TextToImagePipeline.from_pretrained(tmp_path / "copy", device="cpu")
     assert (again.segmentation_tokenizer is None) == (pipeline.segmentation_tokenizer is None)
     assert again.fingerprint == pipeline.fingerprint
+
+
+def test_bundles_of_parts_that_do_not_fit(pair, tiny_parts, tmp_path):
+    bundle = pair[1]
+    parts = {"image_tokenizer": bundle / "image_tokenizer", "prior": bundle / "prior", "text_tokenizer": None}
+    maps = bundle / "segmentation_tokenizer"
+    if maps.is_dir():
+        with pytest.raises(InputError, match="reads codes of segmentation tokenizer .*, got none"):
+            assemble_bundle(tmp_path / "out", **parts)
+        parts["segmentation_tokenizer"] = maps
+    else:
+        with pytest.raises(InputError, match="reads codes of segmentation tokenizer none, got"):
+            assemble_bundle(tmp_path / "out", **parts, segmentation_tokenizer=bundle / "image_tokenizer")
+    with pytest.raises(InputError, match="a reranker compares pictures with text, and the prior in .* draws from"):
+        assemble_bundle(tmp_path / "out", **parts, reranker=tiny_parts / "reranker")
+    assert not (tmp_path / "out").exists()
+    assemble_bundle(tmp_path / "out", **parts)
+    assert load_bundle(tmp_path / "out").segmentation_tokenizer is not None or not maps.is_dir()
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
