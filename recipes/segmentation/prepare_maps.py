@@ -32,9 +32,8 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default: 32)")
     arguments = parser.parse_args()
     if not arguments.font.is_file():
-        print(
-            f"prepare_maps.py: no font at {arguments.font}: install fonts-noto-color-emoji or give --font", file=sys.stderr
-        )
+        message = f"no font at {arguments.font}: install fonts-noto-color-emoji or give --font"
+        print(f"prepare_maps.py: {message}", file=sys.stderr)
         return 2
     items, _ = load_items(arguments.font)
     splits, out = split_items(items), arguments.out
