@@ -169,9 +169,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
         run.update(optimizers, loss)
         average.update_parameters(prior)
-        run.log(loss=loss, image=depth_losses.mean(), first=depth_losses[0])
-        if foretells_text:
-            run.log(text=text_loss)
+        foretold = {"text": text_loss} if foretells_text else {}
+        run.log(loss=loss, **foretold, image=depth_losses.mean(), first=depth_losses[0])
 
         if run.due_after(recipe.run.sample_every) and run.is_main:
             exported = average.module
