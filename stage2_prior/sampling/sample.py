@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from stage2_prior.base import Prior
+from stage2_prior.sampling.engine import engine_for
 from stage2_prior.sampling.settings import Sampling, filter_logits, guide
 
 
@@ -36,14 +37,15 @@ def sample(
         prefix = torch.cat([prefix, prior.null_prefix(1).to(prefix.device)])
         rows = torch.cat([rows, torch.full_like(rows, len(prefix) - 1)])
 
-    logits, cache = prior.prefill(prefix, prior.length - 1)
+    engine = engine_for(prior)
+    logits, cache = engine.prefill(prefix, prior.length - 1)
     logits, cache = logits[rows], cache.repeat(rows)  # (N, K), or (2N, K) with the unconditional rows below
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     codes = torch.empty(len(seeds), prior.length, dtype=torch.int64, device=prefix.device)
     for position in range(prior.length):
         if position > 0:
             drawn = codes[:, position - 1]
-            logits = prior.step(torch.cat([drawn, drawn]) if guided else drawn, cache)
+            logits = engine.step(torch.cat([drawn, drawn]) if guided else drawn, cache)
         logits = logits.float()
         if guided:
             conditional, unconditional = logits.chunk(2)
