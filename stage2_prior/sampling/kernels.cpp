@@ -165,14 +165,19 @@ static void finish(float* sums, int64_t rows, int64_t count, const Matrix& matri
 }
 
 template <int R, int B, typename T>
-static void tile(const float* x, const T* panel, const Matrix& matrix, int64_t first, float* y, After after) {
-    // R rows times B panels of PANEL outputs: each sum goes over the inputs in their order.
+static void tile(const float* x, const T* panel, int64_t ahead, const Matrix& matrix, int64_t first, float* y,
+                 After after) {
+    // R rows times B panels of PANEL outputs: each sum goes over the inputs in their order. What stands `ahead` of the
+    // weights being read is wanted next; past the end of the matrix asking for it does no harm.
     const int64_t in = matrix.in;
     Vector sum[R][B][2] = {};
     for (int64_t i = 0; i < in; i++)
+#pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
             const T* at = panel + (b * in + i) * PANEL;
+            __builtin_prefetch(at + ahead, 0, 2);
             const Vector one = load(at), other = load(at + W);
+#pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const float own = x[r * in + i];
                 sum[r][b][0] = add_product(sum[r][b][0], own, one);
@@ -183,15 +188,15 @@ static void tile(const float* x, const T* panel, const Matrix& matrix, int64_t f
 }
 
 template <typename T>
-static void some_rows(int64_t rows, const float* x, const T* panel, const Matrix& matrix, int64_t first, float* y,
-                      After after) {
+static void some_rows(int64_t rows, const float* x, const T* panel, int64_t ahead, const Matrix& matrix, int64_t first,
+                      float* y, After after) {
     switch (rows) {
-        case 1: return tile<1, 1>(x, panel, matrix, first, y, after);
-        case 2: return tile<2, 1>(x, panel, matrix, first, y, after);
-        case 3: return tile<3, 1>(x, panel, matrix, first, y, after);
-        case 4: return tile<4, 1>(x, panel, matrix, first, y, after);
-        case 5: return tile<5, 1>(x, panel, matrix, first, y, after);
-        default: return tile<6, 1>(x, panel, matrix, first, y, after);
+        case 1: return tile<1, 1>(x, panel, ahead, matrix, first, y, after);
+        case 2: return tile<2, 1>(x, panel, ahead, matrix, first, y, after);
+        case 3: return tile<3, 1>(x, panel, ahead, matrix, first, y, after);
+        case 4: return tile<4, 1>(x, panel, ahead, matrix, first, y, after);
+        case 5: return tile<5, 1>(x, panel, ahead, matrix, first, y, after);
+        default: return tile<6, 1>(x, panel, ahead, matrix, first, y, after);
     }
 }
 
@@ -201,24 +206,27 @@ static void panels(const float* x, int64_t M, const Matrix& matrix, int64_t from
     const T* data = (const T*)matrix.data;
     const int64_t in = matrix.in, size = in * PANEL;
     if (M == 1)  // several panels at once, so that enough sums are under way
-        for (; to - from >= 4; from += 4) tile<1, 4>(x, data + from * size, matrix, from * PANEL, y, after);
+        for (; to - from >= 4; from += 4) tile<1, 4>(x, data + from * size, 4 * size, matrix, from * PANEL, y, after);
     if (M == 2)
-        for (; to - from >= 2; from += 2) tile<2, 2>(x, data + from * size, matrix, from * PANEL, y, after);
+        for (; to - from >= 2; from += 2) tile<2, 2>(x, data + from * size, 2 * size, matrix, from * PANEL, y, after);
     if (M == 3)
-        for (; to - from >= 2; from += 2) tile<3, 2>(x, data + from * size, matrix, from * PANEL, y, after);
+        for (; to - from >= 2; from += 2) tile<3, 2>(x, data + from * size, 2 * size, matrix, from * PANEL, y, after);
     const int64_t tiles = (M + ROWS - 1) / ROWS;
     for (; from < to; from++) {
         const T* panel = data + from * size;
         if (sizeof(T) < sizeof(float) && tiles > 1)  // unpacked once for all rows
-            for (int64_t i = 0; i < size; i += W) store(wide + i, load(panel + i));
+            for (int64_t i = 0; i < size; i += W) {
+                __builtin_prefetch(panel + i + size, 0, 2);
+                store(wide + i, load(panel + i));
+            }
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;  // as even as they get
             const float* own = x + begin * in;
             float* there = y + begin * matrix.out;
             if (sizeof(T) < sizeof(float) && tiles > 1)
-                some_rows(end - begin, own, (const float*)wide, matrix, from * PANEL, there, after);
+                some_rows(end - begin, own, (const float*)wide, 0, matrix, from * PANEL, there, after);
             else
-                some_rows(end - begin, own, panel, matrix, from * PANEL, there, after);
+                some_rows(end - begin, own, panel, size, matrix, from * PANEL, there, after);
         }
     }
 }
@@ -241,11 +249,15 @@ template <int Q, int B, typename T>
 static void key_blocks(const float* const* q, const T* keys, int64_t d, float* const* scores, int64_t at) {
     Vector sum[Q][B] = {};
     for (int64_t i = 0; i < d; i++)
+#pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
             const Vector key = load(keys + (b * d + i) * W);
+#pragma GCC unroll 8
             for (int n = 0; n < Q; n++) sum[n][b] = add_product(sum[n][b], q[n][i], key);
         }
+#pragma GCC unroll 8
     for (int n = 0; n < Q; n++)
+#pragma GCC unroll 8
         for (int b = 0; b < B; b++) store(scores[n] + at + b * W, sum[n][b]);
 }
 
@@ -260,15 +272,21 @@ static void score(const float* const* q, const T* keys, int64_t d, int64_t block
 template <int Q, int C, typename T>
 static void value_columns(const float* const* weights, const T* values, int64_t stride, int64_t count, float* const* out) {
     Vector sum[Q][C];
+#pragma GCC unroll 8
     for (int n = 0; n < Q; n++)
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) sum[n][c] = load(out[n] + c * W);
     for (int64_t l = 0; l < count; l++) {
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             const Vector value = load(values + l * stride + c * W);
+#pragma GCC unroll 8
             for (int n = 0; n < Q; n++) sum[n][c] = add_product(sum[n][c], weights[n][l], value);
         }
     }
+#pragma GCC unroll 8
     for (int n = 0; n < Q; n++)
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) store(out[n] + c * W, sum[n][c]);
 }
 
@@ -277,6 +295,7 @@ static void mix(const float* const* weights, const T* values, int64_t stride, in
     constexpr int C = Q == 1 ? 8 : Q == 2 ? 4 : 2;
     for (int64_t c = 0; c < stride;) {
         float* there[Q];
+#pragma GCC unroll 8
         for (int n = 0; n < Q; n++) there[n] = out[n] + c;
         if (c + C * W <= stride) value_columns<Q, C>(weights, values + c, stride, count, there), c += C * W;
         else value_columns<Q, 1>(weights, values + c, stride, count, there), c += W;
