@@ -126,7 +126,8 @@ class CPUEngine:
             )
         codes = rearrange(codes, "n (s q) -> n s q", q=self.num_codebooks)
         where = cache.start[:, None] + torch.arange(codes.shape[1])  # (N, S)
-        x = self.code_embedding[codes + self.tables].sum(2) + self.positions[where]
+        x = self.code_embedding[codes + self.tables].sum(2)
+        x += self.positions[where.clamp_max(len(self.positions) - 1)]  # a window may reach beyond the last one
         self._trunk(x, cache.start, cache.prefix, cache.prefix_of, cache.own)
         return x
 

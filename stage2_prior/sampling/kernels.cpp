@@ -130,6 +130,12 @@ static inline float gelu(float x) {  // x Φ(x), the error function after Abramo
     return 0.5f * x * (1.0f + (x < 0 ? -erf : erf));
 }
 
+static inline uint32_t hash(uint32_t x) {  // lowbias32
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
 static void gelu_all(float* x, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) x[i] = gelu(x[i]);
@@ -144,7 +150,7 @@ static void rms_norm(const float* x, const float* scale, int64_t n, float factor
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * to * scale[i];
 }
 
-// Matrices --------------------------------------------------------------------------------------------------------------
+// Matrices -------------------------------------------------------------------------------------------------------------
 
 enum After { PUT, ADD, GELU };  // what becomes of a product: stored, added to what is there, stored after GELU
 
@@ -243,7 +249,7 @@ static void product(const float* x, int64_t M, const Matrix& matrix, float* y, A
     }
 }
 
-// Attention -------------------------------------------------------------------------------------------------------------
+// Attention ------------------------------------------------------------------------------------------------------------
 
 template <int Q, int B, typename T>
 static void key_blocks(const float* const* q, const T* keys, int64_t d, float* const* scores, int64_t at) {
@@ -400,7 +406,7 @@ static void remember(float* qkv, int64_t row, int64_t position, int64_t layer, c
     }
 }
 
-// What Python calls -----------------------------------------------------------------------------------------------------
+// What Python calls ----------------------------------------------------------------------------------------------------
 
 extern "C" {
 
@@ -498,6 +504,30 @@ void depth_head(float* x, int64_t M, const float* norm, const Matrix* mlp_in, co
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, norm_out, E, 1.0f, &normed[m * E]);
         product(normed.get(), M, *head, logits, PUT, panel.get());
+    }
+}
+
+// The likeliest code of each row after noise: logits (N, K), words (N, 2) -> codes (N). See noise.py.
+void draw(const float* logits, int64_t N, int64_t K, const uint32_t* words, int64_t* codes, int64_t threads) {
+#pragma omp parallel num_threads(threads < N ? threads : N)
+    {
+        std::unique_ptr<float[]> noisy(new float[K]);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float* own = logits + n * K;
+            const uint32_t first = words[2 * n], second = words[2 * n + 1];
+            float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+            for (int64_t k = 0; k < K; k++) {
+                const uint32_t bits = hash(hash(first + (uint32_t)k) ^ second);
+                const float uniform = ((float)(int32_t)(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
+                noisy[k] = own[k] - fast_log(-fast_log(uniform));
+                most = noisy[k] > most ? noisy[k] : most;
+            }
+            codes[n] = 0;
+            for (int64_t k = K - 1; k >= 0; k--)
+                if (noisy[k] == most) codes[n] = k;
+        }
     }
 }
 }

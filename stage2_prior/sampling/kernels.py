@@ -85,6 +85,7 @@ def _load() -> ctypes.CDLL | str:
         "trunk": [pointer, *[count] * 3, pointer, count, count, *[pointer] * 3, count, pointer, count],
         "norm_and_product": [pointer, count, *[pointer] * 4, count],
         "depth_head": [pointer, count, *[pointer] * 6, count],
+        "draw": [pointer, count, count, pointer, pointer, count],
     }
     for name, types in signatures.items():
         function = getattr(library, name)
@@ -153,3 +154,14 @@ class Packed:
         library.pack(weight.data_ptr(), out, in_, KINDS[precision], self.data.data_ptr())
         scale = None if self.scale is None else self.scale.data_ptr()
         self.matrix = Matrix(self.data.data_ptr(), scale, out, in_, KINDS[precision])
+
+
+def draw(logits: Tensor, words: Tensor) -> Tensor:
+    """`noise.draw_with` on a CPU: logits (N, K) and words (N, 2) int32 -> codes (N,) int64. Raises Unavailable."""
+    library = load()
+    logits, words = logits.detach().float().contiguous(), words.contiguous()
+    codes = torch.empty(len(logits), dtype=torch.int64)
+    library.draw(
+        logits.data_ptr(), *logits.shape, words.data_ptr(), codes.data_ptr(), torch.get_num_threads()
+    )
+    return codes

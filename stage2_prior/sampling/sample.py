@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import InputError
 from stage2_prior.base import Prior
 from stage2_prior.sampling.engine import engine_for
+from stage2_prior.sampling.noise import draw_with, words_of
 from stage2_prior.sampling.settings import Sampling, filter_logits, guide
 
 
@@ -57,11 +58,5 @@ def sample(
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One code a row in proportion to exp(logits), (N, K) -> (N,) int64, each row with its own generator.
-
-    The Gumbel-max trick (Gumbel 1954): argmax of logits - log(exponential noise).
-    """
-    noise = torch.empty(logits.shape, dtype=torch.float32)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return (logits - noise.log().to(logits.device)).argmax(-1)
+    """One code a row in proportion to exp(logits), (N, K) -> (N,) int64, each row with its own generator."""
+    return draw_with(logits, words_of(generators))
