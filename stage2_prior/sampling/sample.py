@@ -15,6 +15,8 @@ from torch import Tensor
 
 from common.errors import InputError
 from stage2_prior.base import Prior
+from stage2_prior.sampling.engine import engine_for
+from stage2_prior.sampling.noise import draw_with, words_of
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 
 Progress = Callable[[int], None]  # codes drawn since the last call
@@ -102,13 +104,14 @@ class Drawing:
             3, *shape, dtype=torch.float32
         ).unbind()
 
-        logits, self.cache = prior.prefill(prefix, prior.length - 1)
+        self.engine = engine_for(prior)
+        logits, self.cache = self.engine.prefill(prefix, prior.length - 1)
         for position, code in enumerate(given):
             if scored:
                 values = logits.float().log_softmax(-1)[:, code][rows]
                 self.log_probs[:, position] = values[: len(images)]
                 self.null_log_probs[:, position] = values[-len(images) :]
-            noise(self.generators, prior.codebook_size)
+            words_of(self.generators)  # what drawing it would have taken
             logits = self._read(code.expand(len(prefix)))
         self.logits = logits[rows]  # (N, K), or (2N, K) when guided; of the code at `position` while none is drawn
         self.cache = self.cache.repeat(rows)
@@ -141,7 +144,7 @@ class Drawing:
 
     def _read(self, codes: Tensor) -> Tensor:
         """The codes of all rows of the cache -> logits of the next ones."""
-        return self.prior.step(codes, self.cache)
+        return self.engine.step(codes, self.cache)
 
     def _draw(self, position: int) -> Tensor:
         """The logits -> a code for each image (N,)."""
@@ -160,19 +163,8 @@ class Drawing:
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One code a row in proportion to exp(logits), (N, K) -> (N,) int64, each row with its own generator.
-
-    The Gumbel-max trick (Gumbel 1954): argmax of logits - log(exponential noise).
-    """
-    return (logits - noise(generators, logits.shape[-1]).log().to(logits.device)).argmax(-1)
-
-
-def noise(generators: Sequence[torch.Generator], size: int) -> Tensor:
-    """What one code of each image takes from its generator: (N, K) float32, exponentially distributed, on the CPU."""
-    rows = torch.empty(len(generators), size)
-    for row, generator in zip(rows, generators, strict=True):
-        row.exponential_(generator=generator)
-    return rows
+    """One code a row in proportion to exp(logits), (N, K) -> (N,) int64, each row with its own generator."""
+    return draw_with(logits, words_of(generators))
 
 
 def log_prob(logits: Tensor, codes: Tensor) -> Tensor:

@@ -46,8 +46,11 @@ def guidance_at(sampling: Sampling, position: int, length: int) -> float:
             assert_never(sampling.guidance_schedule)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022) on log-probabilities: both (N, K) logits -> (N, K)."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022) on log-probabilities: both (N, K) logits -> (N, K).
+
+    A scale of each row is (N, 1).
+    """
     conditional, unconditional = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     return unconditional + scale * (conditional - unconditional)
 

@@ -1,0 +1,227 @@
+"""The sampling engines: the prior's own numbers, and rows that do not depend on the rows beside them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common.errors import InputError
+from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
+from stage2_prior.sampling import engine as engines
+from stage2_prior.sampling import kernels
+from stage2_prior.sampling.cpu import CPUEngine
+from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
+from stage2_prior.sampling.gpu import GPUEngine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler():
+    try:
+        kernels.load()
+    except kernels.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def make_prior(code_shape=(1, 3, 4), **changes) -> GPTPrior:
+    torch.manual_seed(0)
+    fields = dict(codebook_size=37, text_vocab_size=50, text_length=21, dim=40, depth=3, num_heads=2)
+    prior = GPTPrior(GPTConfig(code_shape=code_shape, **{**fields, **changes}))
+    for parameter in prior.parameters():  # blocks start as the identity; these are to do something
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior.eval()
+
+
+@pytest.fixture(scope="module", params=[(1, 3, 4), (3, 3, 3)], ids=["one codebook", "three codebooks"])
+def prior(request) -> GPTPrior:
+    return make_prior(request.param)
+
+
+def stepped(engine, prefix, codes, rows=None):
+    """The logits (N, T, K) of all codes (N, T), one step after the other; row i reads prefix `rows[i]`."""
+    logits, cache = engine.prefill(prefix, codes.shape[1] - 1)
+    if rows is not None:
+        logits, cache = logits[rows], cache.repeat(rows)
+    steps = [logits]
+    for t in range(codes.shape[1] - 1):
+        steps.append(engine.step(codes[:, t], cache))
+    return torch.stack(steps, 1)
+
+
+def inputs(prior, rows):
+    prefix = torch.randint(0, prior.config.text_vocab_size, (rows, prior.prefix_length))
+    return prefix, torch.randint(0, prior.codebook_size, (rows, prior.length))
+
+
+@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+@torch.no_grad()
+def test_the_engine_gives_the_priors_logits(prior, make):
+    prefix, codes = inputs(prior, 4)
+    torch.testing.assert_close(stepped(make(prior), prefix, codes), prior(prefix, codes), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+@pytest.mark.parametrize("of", [[0] * 5, [0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2, 2, 0], [2, 2, 0, 0]])
+@torch.no_grad()
+def test_rows_read_their_own_prefix(prior, make, of):
+    prefix, _ = inputs(prior, 3)
+    rows = torch.tensor(of)
+    codes = torch.randint(0, prior.codebook_size, (len(of), prior.length))
+    torch.testing.assert_close(stepped(make(prior), prefix, codes, rows), prior(prefix[rows], codes), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+@torch.no_grad()
+def test_rows_can_be_dropped_part_way(prior, make):
+    prefix, codes = inputs(prior, 1)[0], inputs(prior, 6)[1]
+    kept, half = torch.tensor([4, 1, 2]), prior.length // 2
+    engine = make(prior)
+    logits, cache = engine.prefill(prefix, prior.length - 1)
+    cache = cache.repeat(torch.zeros(6, dtype=torch.int64))
+    for t in range(half):
+        engine.step(codes[:, t], cache)
+    cache = cache.repeat(kept)
+    rest = torch.stack([engine.step(codes[kept, t], cache) for t in range(half, prior.length - 1)], 1)
+    expected = prior(prefix.expand(3, -1), codes[kept])[:, half + 1 :]
+    torch.testing.assert_close(rest, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_a_row_is_bit_for_bit_the_same_in_any_company_on_any_number_of_threads(prior, precision):
+    engine = CPUEngine(prior, precision)
+    prefix, codes = inputs(prior, 2)[0], inputs(prior, 19)[1]
+    rows = torch.tensor([0] * 7 + [1] * 12)
+    together = stepped(engine, prefix, codes, rows)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        for few in ([0], [18], [5, 6, 7], [1, 2, 3, 4], [18, 0, 9, 8, 3]):
+            assert torch.equal(stepped(engine, prefix, codes[few], rows[few]), together[few])
+            assert torch.equal(stepped(engine, prefix[rows[few]], codes[few]), together[few])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.05)])
+@torch.no_grad()
+def test_smaller_weights_give_nearly_the_same_logits(prior, precision, error):
+    prefix, codes = inputs(prior, 4)
+    exact = prior(prefix, codes)
+    wrong = (stepped(CPUEngine(prior, precision), prefix, codes) - exact).norm() / exact.norm()
+    assert 0 < wrong < error
+
+
+@torch.no_grad()
+def test_int8_is_the_product_with_the_rounded_weights():
+    weight, x = torch.randn(45, 30), torch.randn(7, 30)
+    packed, norm = kernels.Packed(weight, "int8"), torch.ones(30)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / scale).round() * scale
+    assert (rounded - weight).abs().max() <= scale.max() / 2 * 1.001
+    normed, y = torch.empty_like(x), torch.empty(7, 45)
+    kernels.load().norm_and_product(
+        x.data_ptr(), 7, norm.data_ptr(), kernels.ctypes.byref(packed.matrix), normed.data_ptr(), y.data_ptr(), 1
+    )
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x, (30,), eps=1e-6), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, normed @ rounded.T, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_takes_the_engine_and_draws_what_the_plain_path_draws(prior, monkeypatch):
+    assert isinstance(engine_for(prior), CPUEngine)
+    prefix, _ = inputs(prior, 2)
+    sampling = Sampling(guidance_scale=2)
+    fast = sample(prior, prefix, range(8), sampling)
+    monkeypatch.setattr(engines, "accelerated", lambda prior: None)
+    assert torch.equal(fast, sample(prior, prefix, range(8), sampling))
+
+
+def test_changed_weights_are_seen():
+    prior = make_prior()
+    prefix, codes = inputs(prior, 1)
+    first = accelerated(prior)
+    assert accelerated(prior) is first
+    with torch.no_grad():
+        prior.blocks[1].mlp_out.weight[3, 3] += 1  # counted by torch
+    assert accelerated(prior) is not first
+    second = accelerated(prior)
+    prior.blocks[1].mlp_out.weight.data.mul_(1.5)  # not counted
+    third = accelerated(prior)
+    assert third is not second
+    with torch.no_grad():
+        torch.testing.assert_close(stepped(third, prefix, codes), prior(prefix, codes), rtol=0, atol=2e-5)
+
+
+def test_precision_is_chosen_and_refused():
+    prior = make_prior()
+    assert accelerated(prior).precision == "float32"
+    set_precision(prior, "int8")
+    assert accelerated(prior).precision == "int8"
+    set_precision(prior, None)
+    assert accelerated(prior).precision == "float32"
+    with pytest.raises(InputError, match="one of float32, bfloat16, int8, got 'int4'"):
+        set_precision(prior, "int4")
+    assert accelerated(make_prior().to(torch.bfloat16)).precision == "bfloat16"
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_the_engine_cannot_do_takes_the_plain_path_and_says_why(capsys):
+    prior = make_prior()
+    prior.blocks[0].mlp_in = Doubled(40, 160, bias=False)
+    assert engine_for(prior) is prior
+    assert "plain path, which is slower: the engine does not know the prior's blocks.0.mlp_in (Doubled)" in (
+        capsys.readouterr().err
+    )
+    assert engine_for(prior) is prior
+    assert capsys.readouterr().err == ""  # said once
+
+    training = make_prior(dropout=0.1).train()
+    assert "training mode" in unsupported(training)
+    assert unsupported(training.eval()) == ""
+
+
+def test_an_engine_that_is_wrong_is_not_used(monkeypatch, capsys):
+    original = CPUEngine.step
+    monkeypatch.setattr(CPUEngine, "step", lambda self, codes, cache: original(self, codes, cache) * 1.5)
+    prior = make_prior()
+    assert engine_for(prior) is prior
+    assert "differ from the engine's" in capsys.readouterr().err
+
+
+def test_without_a_compiler_it_works_and_says_why(monkeypatch, tmp_path, capsys):
+    prior = make_prior()
+    prefix, _ = inputs(prior, 1)
+    fast = sample(prior, prefix, range(3))
+    for compiler, complaint in ((str(tmp_path / "none"), "could not be built"), ("false", "cannot build")):
+        kernels._load.cache_clear()
+        monkeypatch.setattr(engines, "_made", type(engines._made)())
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("CXX", compiler)
+        assert torch.equal(sample(prior, prefix, range(3)), fast)
+        assert complaint in capsys.readouterr().err
+    kernels._load.cache_clear()
+
+
+def test_priors_are_let_go():
+    code = """
+import gc, weakref
+from tests.test_engine import make_prior, accelerated
+prior = make_prior(); accelerated(prior); there = weakref.ref(prior); del prior; gc.collect()
+assert there() is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@torch.no_grad()
+def test_graphs_give_the_priors_logits_on_a_gpu():
+    prior = make_prior((2, 10, 10)).cuda()  # beyond one bucket
+    prefix, codes = (one.cuda() for one in inputs(prior, 6))
+    rows = torch.arange(6, device="cuda")
+    logits = stepped(GPUEngine(prior), prefix, codes, rows)
+    torch.testing.assert_close(logits, prior(prefix, codes), rtol=1e-3, atol=1e-3)
