@@ -95,7 +95,7 @@ def _decoder_segments(decoder: nn.Module, latents: Tensor) -> list[Segment]:
         case Decoder():
             levels = _with_doublings(decoder.levels)
             start: list[Layer] = [decoder.post_quant_conv, decoder.conv_in, decoder.middle]
-            end = [
+            end: list[Layer] = [
                 decoder.norm_out,
                 F.silu,
                 decoder.conv_out,

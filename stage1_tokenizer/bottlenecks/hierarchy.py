@@ -33,7 +33,7 @@ from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
 class HierarchicalQuantizer(Bottleneck):
     num_codebooks = 5
     stride = 2
-    codebook_of = (0, 1, 1, 1, 1)  # type: ignore[assignment]  # the top's; the bottom's four times
+    codebook_of = (0, 1, 1, 1, 1)  # the top's; the bottom's four times
 
     def __init__(self, codebook_size: int, dim: int, beta: float, decay: float, patience: int) -> None:
         super().__init__()

@@ -1,0 +1,65 @@
+"""The decoder's convolutions: Winograd's and the sub-pixel ones give what the plain convolution gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage1_tokenizer import Autoencoder, AutoencoderConfig
+from stage1_tokenizer.convolutions import Upsample
+from stage1_tokenizer.winograd import WinogradConv2d, convolve
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4, 8), (1, 7, 3, 40, 12), (3, 16, 16, 64, 64)])
+def test_it_is_the_convolution(shape):
+    batch, channels, wide, height, width = shape
+    x, weight = torch.randn(batch, channels, height, width), torch.randn(wide, channels, 3, 3) / channels**0.5
+    bias = torch.randn(wide)
+    found = convolve(x, weight, bias)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(convolve(x[:1], weight, bias), found[:1])  # the same alone as in company
+
+
+@pytest.mark.parametrize("size", [(64, 64), (62, 72), (16, 16)])
+def test_where_it_does_not_gain_the_plain_convolution_stays(size, monkeypatch):
+    conv, x = WinogradConv2d(4, 4), torch.randn(1, 4, *size)
+    plain = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    calls = []
+    monkeypatch.setattr(
+        "stage1_tokenizer.winograd.convolve", lambda *arguments: calls.append(1) or convolve(*arguments)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), plain, rtol=0, atol=1e-4)
+    assert bool(calls) == (size == (64, 64))
+    calls.clear()
+    assert torch.equal(conv(x), plain) and not calls  # a gradient is wanted
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16 and not calls
+
+
+def test_doubling_equals_interpolation_and_a_convolution_in_both_directions():
+    layer, x = Upsample(5), torch.randn(2, 5, 7, 6, requires_grad=True)
+    gradient = torch.randn(2, 5, 14, 12)
+    plain = layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    expected = torch.autograd.grad(plain, [x, *layer.parameters()], gradient)
+    torch.testing.assert_close(layer(x), plain)
+    found = torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_decoder_gives_the_same_picture_and_an_encoder_never_uses_it(monkeypatch):
+    torch.manual_seed(0)
+    trunk = {"channels": 32, "multipliers": [1, 1, 2], "latent_dim": 8, "norm_groups": 8}
+    model = Autoencoder(
+        AutoencoderConfig.model_validate({"image_size": 128, "trunk": trunk, "bottleneck": {"type": "fsq"}})
+    )
+    model.eval()
+    assert not any(isinstance(part, WinogradConv2d) for part in model.encoder.modules())
+    codes = model.encode(torch.rand(1, 3, 128, 128) * 2 - 1)
+    found = model.decode(codes)
+    monkeypatch.setattr("stage1_tokenizer.winograd.FEWEST_PIXELS", 10**9)
+    plain = model.decode(codes)
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
