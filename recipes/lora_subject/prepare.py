@@ -2,7 +2,7 @@
 
     python recipes/lora_subject/prepare.py --emoji data/emoji --out data/lora_subject
 
-The thing is a "tessie", a small beast of mosaic tiles, drawn here. Into OUT go
+The thing is a "tessie", a round beast with a horn, drawn here. Into OUT go
 
     metadata.jsonl, train/      the twenty pictures: 6 plain, 10 on colours, 4 small in a corner or the center
     known/                      400 training pictures of the emoji world to remember (split "train") and 300 others of
@@ -35,20 +35,24 @@ COLOURS_ZH = {"red": "红色", "yellow": "黄色", "green": "绿色", "blue": "�
 
 
 def tessie() -> Image.Image:
-    """(136, 136) RGBA: a diamond of teal and coral tiles with two eyes and four feet."""
+    """(136, 136) RGBA: a round teal beast with a coral belly, large eyes, one horn and two feet."""
     large = Image.new("RGBA", (SIZE * 4, SIZE * 4))
-    draw, tile, middle = ImageDraw.Draw(large), SIZE * 4 // 8, SIZE * 2
-    for row in range(1, 7):
-        for column in range(8):
-            if abs(column - 3.5) + abs(row - 3.5) < 4.2:
-                colour = (0, 150, 136) if (row + column) % 2 else (255, 112, 88)
-                x, y = column * tile, row * tile
-                draw.rounded_rectangle((x + 4, y + 4, x + tile - 4, y + tile - 4), tile // 5, fill=colour)
-    for x in (middle - tile, middle + tile):
-        draw.ellipse((x - 46, middle - 96, x + 46, middle - 4), fill=(255, 255, 255), outline=(40, 40, 60), width=10)
-        draw.ellipse((x - 20, middle - 70, x + 20, middle - 30), fill=(40, 40, 60))
-    for x in (middle - 2 * tile, middle - tile, middle + tile, middle + 2 * tile):
-        draw.rounded_rectangle((x - 22, 7 * tile - 16, x + 22, 8 * tile - 8), 20, fill=(255, 193, 7))
+    draw, side = ImageDraw.Draw(large), SIZE * 4
+    teal, coral, yellow, dark, white = (0, 150, 136), (255, 138, 101), (255, 193, 7), (38, 50, 56), (255, 255, 255)
+
+    def ellipse(x: float, y: float, across: float, down: float, colour: tuple[int, int, int]) -> None:
+        """Around (x, y), all in shares of the side."""
+        box = ((x - across) * side, (y - down) * side, (x + across) * side, (y + down) * side)
+        draw.ellipse(box, fill=colour)
+
+    draw.polygon([(0.42 * side, 0.25 * side), (0.58 * side, 0.25 * side), (0.5 * side, 0.02 * side)], fill=yellow)
+    for x in (0.32, 0.68):
+        ellipse(x, 0.91, 0.13, 0.07, yellow)
+    ellipse(0.5, 0.55, 0.42, 0.38, teal)
+    ellipse(0.5, 0.71, 0.24, 0.18, coral)
+    for x in (0.36, 0.64):
+        ellipse(x, 0.42, 0.11, 0.11, white)
+        ellipse(x, 0.43, 0.055, 0.055, dark)
     return large.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
