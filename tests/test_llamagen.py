@@ -341,7 +341,7 @@ def test_bad_conditions(pair):
             prior.prefix(classes=[0])
         with pytest.raises(InputError, match="was given text and class labels"):
             prior.prefix(["a"], classes=[0])
-        with pytest.raises(InputError, match="was given nothing"):
+        with pytest.raises(InputError, match="was given no condition"):
             prior.prefix()
 
 
