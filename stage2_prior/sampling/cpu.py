@@ -7,6 +7,9 @@ Letters: R prefixes, N sequences, S new positions of each, Q codebooks, K codebo
 """
 
 import ctypes
+import time
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -56,6 +59,35 @@ class CPUCache(Cache):
         )
 
 
+class Pace:
+    """How many threads are fastest, found by trying half and twice as many now and then.
+
+    All of them are not where a step is short, or other programs want the processor: threads wait for each other many
+    times a step, and so for the slowest. What comes out does not depend on it.
+    """
+
+    def __init__(self) -> None:
+        self.threads, self.usual = 0, 0.0  # seconds a step took of late
+        self.steps, self.next_trial, self.gap, self.fewer = 0, 3, 4, True
+
+    def run(self, call: Callable[[int], None]) -> None:
+        most = torch.get_num_threads()
+        now = other = min(self.threads, most) or most
+        self.steps += 1
+        if self.steps == self.next_trial:
+            other = max(1, now // 2) if self.fewer or 2 * now > most else 2 * now
+            self.fewer, self.gap = not self.fewer, min(2 * self.gap, 64)
+            self.next_trial += self.gap
+        begin = time.perf_counter()
+        call(other)
+        took = time.perf_counter() - begin
+        if other != now and took < 0.9 * self.usual:
+            now, self.usual = other, took
+        elif other == now:
+            self.usual = 0.7 * self.usual + 0.3 * took if self.usual else took
+        self.threads = now
+
+
 class CPUEngine:
     """`prefill` and `step` of a GPTPrior's contract; it holds its own copy of the weights, packed."""
 
@@ -66,6 +98,7 @@ class CPUEngine:
         self.num_codebooks, self.codebook_size = prior.num_codebooks, prior.codebook_size
         self.prefix_length = prior.prefix_length
         self.cached = torch.float32 if precision == "float32" else torch.bfloat16
+        self.paces: defaultdict[int, Pace] = defaultdict(Pace)  # by the number of rows, to a factor of two
         self._kept: list[Tensor | Packed] = []  # what the structures below point into
 
         self.text_embedding, self.text_position = _floats(prior.text_embedding.weight), _floats(prior.text_position)
@@ -143,7 +176,7 @@ class CPUEngine:
         logits = torch.empty(*state.shape[:-1], self.codebook_size)
         self.library.depth_head(
             x.data_ptr(), x.numel() // self.dim, norm, ctypes.byref(mlp_in), ctypes.byref(mlp_out), norm_out,
-            ctypes.byref(head), logits.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(head), logits.data_ptr(), self._threads(x.numel() // self.dim),
         )  # fmt: skip
         return logits
 
@@ -163,20 +196,27 @@ class CPUEngine:
         """New positions x (N, S, E) -> the last block's output, in place."""
         rows, new, _ = x.shape
         shared = own.segment if prefix is None else prefix.segment
-        self.library.trunk(
-            self.blocks, self.depth, self.num_heads, self.dim, x.data_ptr(), rows, new, start.data_ptr(),
-            ctypes.byref(shared), prefix_of.data_ptr(), 0 if prefix is None else self.prefix_length,
-            ctypes.byref(own.segment), torch.get_num_threads(),
-        )  # fmt: skip
+
+        def run(threads: int) -> None:
+            self.library.trunk(
+                self.blocks, self.depth, self.num_heads, self.dim, x.data_ptr(), rows, new, start.data_ptr(),
+                ctypes.byref(shared), prefix_of.data_ptr(), 0 if prefix is None else self.prefix_length,
+                ctypes.byref(own.segment), threads,
+            )  # fmt: skip
+
+        self.paces[(rows * new).bit_length()].run(run)
 
     def _head(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(M, E) -> normed (M, E), logits (M, K)."""
         state, logits = torch.empty_like(x), torch.empty(len(x), self.codebook_size)
         self.library.norm_and_product(
             x.data_ptr(), len(x), self.norm, ctypes.byref(self.head), state.data_ptr(), logits.data_ptr(),
-            torch.get_num_threads(),
+            self._threads(len(x)),
         )  # fmt: skip
         return state, logits
+
+    def _threads(self, rows: int) -> int:
+        return self.paces[rows.bit_length()].threads or torch.get_num_threads()
 
     def _vector(self, parameter: Tensor) -> int:
         self._kept.append(_floats(parameter))

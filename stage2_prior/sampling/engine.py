@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
-from stage2_prior.attention import Attention
+from stage2_prior.attention import Attention, RMSNorm
 from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
 from stage2_prior.sampling import kernels
@@ -32,7 +32,8 @@ KNOWN = {
     "convolution_kernel",
 }  # fmt: skip
 MODULES = (
-    GPTPrior, Block, Attention, DepthHead, DepthBlock, nn.Linear, nn.Embedding, nn.RMSNorm, nn.Dropout, nn.ModuleList,
+    GPTPrior, Block, Attention, DepthHead, DepthBlock, nn.Linear, nn.Embedding, RMSNorm, nn.RMSNorm, nn.Dropout,
+    nn.ModuleList,
 )  # fmt: skip
 PROBES = 64  # numbers of each weight that tell whether it changed
 AGREEMENT: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2}  # relative error of the logits

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from stage2_prior.attention import Attention, unit_norm
+from stage2_prior.attention import Attention, rms_norm
 from stage2_prior.base import Cache
 from stage2_prior.transformer import GPTPrior
 
@@ -133,7 +133,7 @@ class GPUEngine:
         self, attention: Attention, x: Tensor, layer: int, position: Tensor, hidden: Tensor, cache: GPUCache
     ) -> Tensor:
         q, k, v = rearrange(attention.qkv(x), "n (three h d) -> three n h d", three=3, h=attention.num_heads).unbind()
-        q, k = unit_norm(q, attention.query_scale), unit_norm(k, attention.key_scale)
+        q, k = rms_norm(q, attention.query_scale), rms_norm(k, attention.key_scale)
         cache.keys[layer].index_copy_(2, position, k.unsqueeze(2))
         cache.values[layer].index_copy_(2, position, v.unsqueeze(2))
         keys, values = cache.keys[layer, :, :, : len(hidden)], cache.values[layer, :, :, : len(hidden)]
