@@ -171,7 +171,7 @@ static void finish(float* sums, int64_t rows, int64_t count, const Matrix& matri
 }
 
 template <int R, int B, typename T>
-static void tile(const float* x, const T* panel, int64_t ahead, const Matrix& matrix, int64_t first, float* y,
+__attribute__((noinline)) static void tile(const float* x, const T* panel, int64_t ahead, const Matrix& matrix, int64_t first, float* y,
                  After after) {
     // R rows times B panels of PANEL outputs: each sum goes over the inputs in their order. What stands `ahead` of the
     // weights being read is wanted next; past the end of the matrix asking for it does no harm.
@@ -190,7 +190,15 @@ static void tile(const float* x, const T* panel, int64_t ahead, const Matrix& ma
                 sum[r][b][1] = add_product(sum[r][b][1], own, other);
             }
         }
-    finish((float*)sum, R, B * PANEL, matrix, first, y, after);
+    float done[R * B * PANEL];  // apart from the sums, which are to stay in registers
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            store(done + (r * B + b) * PANEL, sum[r][b][0]);
+            store(done + (r * B + b) * PANEL + W, sum[r][b][1]);
+        }
+    finish(done, R, B * PANEL, matrix, first, y, after);
 }
 
 template <typename T>
@@ -207,45 +215,30 @@ static void some_rows(int64_t rows, const float* x, const T* panel, int64_t ahea
 }
 
 template <typename T>
-static void panels(const float* x, int64_t M, const Matrix& matrix, int64_t from, int64_t to, float* y, After after,
-                   float* wide) {
+static void panels(const float* x, int64_t M, const Matrix& matrix, int64_t from, int64_t to, float* y, After after) {
     const T* data = (const T*)matrix.data;
-    const int64_t in = matrix.in, size = in * PANEL;
+    const int64_t size = matrix.in * PANEL, tiles = (M + ROWS - 1) / ROWS;
     if (M == 1)  // several panels at once, so that enough sums are under way
         for (; to - from >= 4; from += 4) tile<1, 4>(x, data + from * size, 4 * size, matrix, from * PANEL, y, after);
     if (M == 2)
         for (; to - from >= 2; from += 2) tile<2, 2>(x, data + from * size, 2 * size, matrix, from * PANEL, y, after);
-    if (M == 3)
-        for (; to - from >= 2; from += 2) tile<3, 2>(x, data + from * size, 2 * size, matrix, from * PANEL, y, after);
-    const int64_t tiles = (M + ROWS - 1) / ROWS;
-    for (; from < to; from++) {
-        const T* panel = data + from * size;
-        if (sizeof(T) < sizeof(float) && tiles > 1)  // unpacked once for all rows
-            for (int64_t i = 0; i < size; i += W) {
-                __builtin_prefetch(panel + i + size, 0, 2);
-                store(wide + i, load(panel + i));
-            }
+    for (; from < to; from++)
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;  // as even as they get
-            const float* own = x + begin * in;
-            float* there = y + begin * matrix.out;
-            if (sizeof(T) < sizeof(float) && tiles > 1)
-                some_rows(end - begin, own, (const float*)wide, 0, matrix, from * PANEL, there, after);
-            else
-                some_rows(end - begin, own, panel, size, matrix, from * PANEL, there, after);
+            some_rows(end - begin, x + begin * matrix.in, data + from * size, size, matrix, from * PANEL,
+                      y + begin * matrix.out, after);
         }
-    }
 }
 
-static void product(const float* x, int64_t M, const Matrix& matrix, float* y, After after, float* wide) {
-    // y (M, out) from x (M, in), inside a parallel region; `wide` has room for one panel of floats and is the thread's.
+static void product(const float* x, int64_t M, const Matrix& matrix, float* y, After after) {
+    // y (M, out) from x (M, in), inside a parallel region.
     const int64_t count = (matrix.out + PANEL - 1) / PANEL, tasks = (count + PANELS_A_TASK - 1) / PANELS_A_TASK;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t from = task * PANELS_A_TASK, to = from + PANELS_A_TASK < count ? from + PANELS_A_TASK : count;
-        if (matrix.kind == FLOAT32) panels<float>(x, M, matrix, from, to, y, after, wide);
-        else if (matrix.kind == BFLOAT16) panels<bf16>(x, M, matrix, from, to, y, after, wide);
-        else panels<int8_t>(x, M, matrix, from, to, y, after, wide);
+        if (matrix.kind == FLOAT32) panels<float>(x, M, matrix, from, to, y, after);
+        else if (matrix.kind == BFLOAT16) panels<bf16>(x, M, matrix, from, to, y, after);
+        else panels<int8_t>(x, M, matrix, from, to, y, after);
     }
 }
 
@@ -257,6 +250,7 @@ static void key_blocks(const float* const* q, const T* keys, int64_t d, float* c
     for (int64_t i = 0; i < d; i++)
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
+            __builtin_prefetch(keys + ((B + b) * d + i) * W);
             const Vector key = load(keys + (b * d + i) * W);
 #pragma GCC unroll 8
             for (int n = 0; n < Q; n++) sum[n][b] = add_product(sum[n][b], q[n][i], key);
@@ -285,6 +279,7 @@ static void value_columns(const float* const* weights, const T* values, int64_t 
     for (int64_t l = 0; l < count; l++) {
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
+            __builtin_prefetch(values + (l + 16) * stride + c * W);
             const Vector value = load(values + l * stride + c * W);
 #pragma GCC unroll 8
             for (int n = 0; n < Q; n++) sum[n][c] = add_product(sum[n][c], weights[n][l], value);
@@ -443,17 +438,15 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
         m = end;
     }
     const int64_t tasks = groups.size() * heads, longest = (P + W - 1) / W * W + own->capacity;
-    const int64_t input = hidden > E ? hidden : E;
 
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> panel(new float[input * PANEL]);
         std::unique_ptr<float[]> scratch(new float[QUERIES * (longest + place.wide_d)]);
         for (int64_t layer = 0; layer < depth; layer++) {
             const Block& block = blocks[layer];
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, block.attention_norm, E, 1.0f, &normed[m * E]);
-            product(normed.get(), M, block.qkv, wide.get(), PUT, panel.get());
+            product(normed.get(), M, block.qkv, wide.get(), PUT);
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) {
                 float* qkv = &wide[m * 3 * E];
@@ -468,11 +461,11 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
                 run(first, count, S, layer, task % heads, place, wide.get(), start, *prefix, prefix_of, P, *own,
                     normed.get(), scratch.get());
             }
-            product(normed.get(), M, block.out, x, ADD, panel.get());
+            product(normed.get(), M, block.out, x, ADD);
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, block.mlp_norm, E, 1.0f, &normed[m * E]);
-            product(normed.get(), M, block.mlp_in, wide.get(), GELU, panel.get());
-            product(wide.get(), M, block.mlp_out, x, ADD, panel.get());
+            product(normed.get(), M, block.mlp_in, wide.get(), GELU);
+            product(wide.get(), M, block.mlp_out, x, ADD);
         }
     }
 }
@@ -482,10 +475,9 @@ void norm_and_product(const float* x, int64_t M, const float* norm, const Matrix
                       int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> panel(new float[matrix->in * PANEL]);
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * matrix->in, norm, matrix->in, 1.0f, normed + m * matrix->in);
-        product(normed, M, *matrix, y, PUT, panel.get());
+        product(normed, M, *matrix, y, PUT);
     }
 }
 
@@ -496,14 +488,13 @@ void depth_head(float* x, int64_t M, const float* norm, const Matrix* mlp_in, co
     std::unique_ptr<float[]> normed(new float[M * E]), wide(new float[M * hidden]);
 #pragma omp parallel num_threads(threads)
     {
-        std::unique_ptr<float[]> panel(new float[(hidden > E ? hidden : E) * PANEL]);
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, norm, E, 1.0f, &normed[m * E]);
-        product(normed.get(), M, *mlp_in, wide.get(), GELU, panel.get());
-        product(wide.get(), M, *mlp_out, x, ADD, panel.get());
+        product(normed.get(), M, *mlp_in, wide.get(), GELU);
+        product(wide.get(), M, *mlp_out, x, ADD);
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, norm_out, E, 1.0f, &normed[m * E]);
-        product(normed.get(), M, *head, logits, PUT, panel.get());
+        product(normed.get(), M, *head, logits, PUT);
     }
 }
 
