@@ -1,4 +1,4 @@
-"""Images per second of sampling: ours beside transformers' `generate` and CTranslate2, and beside what the machine allows.
+"""Images per second of sampling: ours beside transformers' `generate` and CTranslate2, and what the machine allows.
 
     python benchmarks/sampling.py                         # dim 512, 12 layers, 64 text tokens, 256 codes of 8192
     python benchmarks/sampling.py --codes 64 --rows 1 16  # shorter: a quarter of an image

@@ -1,8 +1,7 @@
-"""How fast the published VQGAN encodes, decodes and trains, beside diffusers', taming's and LlamaGen's, in one run.
+"""How fast the published VQGAN encodes, decodes and trains, beside diffusers', in one run.
 
     pip install diffusers
     python benchmarks/tokenizer.py --rounds 3
-    python benchmarks/tokenizer.py --taming CHECKOUT --llamagen CHECKOUT      # clones of their repositories
 
 256x256 pixels, factor 16, 16384 codes, widths 128 128 256 256 512: taming's f16 16384, and the trunk of LlamaGen's
 VQ-16. All models take turns, so that a machine's moods meet all alike; rates are those of each one's best round. Wall
@@ -18,11 +17,9 @@ import json
 import multiprocessing
 import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,58 +91,6 @@ def diffusers(channels_last: bool) -> Contender:
     return Contender(model, encode, decode, loss)
 
 
-def taming(checkout: Path) -> Contender:
-    sys.path.insert(0, str(checkout))
-    parts = importlib.import_module("taming.modules.diffusionmodules.model")
-    sizes = dict(
-        ch=128, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[16], in_channels=3,
-        resolution=SIZE, z_channels=256, double_z=False,
-    )  # fmt: skip
-    model = nn.ModuleDict(
-        {
-            "encoder": parts.Encoder(**sizes),
-            "quant_conv": nn.Conv2d(256, 256, 1),
-            "quantize": importlib.import_module("taming.modules.vqvae.quantize").VectorQuantizer2(CODES, 256, 0.25),
-            "post_quant_conv": nn.Conv2d(256, 256, 1),
-            "decoder": parts.Decoder(**sizes),
-        }
-    )
-
-    def quantized(images: Tensor) -> Any:
-        return model["quantize"](model["quant_conv"](model["encoder"](images)))
-
-    def decoded(latents: Tensor) -> Tensor:
-        return model["decoder"](model["post_quant_conv"](latents))
-
-    def decode(codes: Tensor) -> Tensor:
-        return decoded(model["quantize"].get_codebook_entry(codes.flatten(), (*codes.shape, 256)))
-
-    def loss(images: Tensor) -> Tensor:
-        latents, bottleneck_loss, _ = quantized(images)
-        return F.l1_loss(decoded(latents), images) + bottleneck_loss
-
-    return Contender(model, lambda images: quantized(images)[2][2], decode, loss)
-
-
-def llamagen(checkout: Path) -> Contender:
-    path = checkout / "tokenizer" / "tokenizer_image" / "vq_model.py"
-    spec = importlib.util.spec_from_file_location("llamagen_vq_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    model = module.VQ_models["VQ-16"](codebook_show_usage=False)
-
-    def decode(codes: Tensor) -> Tensor:
-        return model.decode_code(codes.flatten(), (codes.shape[0], 8, *codes.shape[1:]))
-
-    def loss(images: Tensor) -> Tensor:
-        decoded, parts = model(images)
-        return F.l1_loss(decoded, images) + sum(part for part in parts[:2])
-
-    return Contender(model, lambda images: model.encode(images)[2][2], decode, loss)
-
-
 def builders(arguments: argparse.Namespace) -> dict[str, Callable[[], Contender]]:
     found: dict[str, Callable[[], Contender]] = {"tessera": ours}
     if arguments.compile:
@@ -153,10 +98,6 @@ def builders(arguments: argparse.Namespace) -> dict[str, Callable[[], Contender]
     if importlib.util.find_spec("diffusers"):
         found["diffusers"] = lambda: diffusers(channels_last=False)
         found["diffusers, channels last"] = lambda: diffusers(channels_last=True)
-    if arguments.taming:
-        found["taming"] = lambda: taming(arguments.taming)
-    if arguments.llamagen:
-        found["LlamaGen"] = lambda: llamagen(arguments.llamagen)
     return found
 
 
@@ -214,8 +155,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="also ours through torch.compile")
     parser.add_argument("--memory", action="store_true", help="also peak memory, which takes a process for each figure")
-    parser.add_argument("--taming", type=Path, help="checkout of CompVis/taming-transformers")
-    parser.add_argument("--llamagen", type=Path, help="checkout of FoundationVision/LlamaGen")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     arguments = parser.parse_args()
 

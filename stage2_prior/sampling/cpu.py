@@ -18,7 +18,7 @@ from torch import Tensor
 from stage2_prior.base import Cache
 from stage2_prior.sampling import kernels
 from stage2_prior.sampling.kernels import Matrix, Packed, Precision, Segment
-from stage2_prior.transformer import GPTPrior
+from stage2_prior.transformer import Block, GPTPrior
 
 
 class KeysAndValues:
@@ -107,6 +107,7 @@ class CPUEngine:
         self.tables = torch.arange(self.num_codebooks) * self.codebook_size  # each codebook its own rows
         self.blocks = (kernels.Block * config.depth)()
         for block, into in zip(prior.blocks, self.blocks, strict=True):
+            assert isinstance(block, Block)
             into.attention_norm = self._vector(block.attention_norm.weight)
             into.query_scale = self._vector(block.attention.query_scale)
             into.key_scale = self._vector(block.attention.key_scale)
@@ -116,10 +117,11 @@ class CPUEngine:
         self.norm = self._vector(prior.norm.weight)
         head = prior.code_head
         self.head = self._matrix(head.weight)
-        self.depth_embeddings = [_floats(embedding.weight) for embedding in head.embeddings]
+        self.depth_embeddings = [_floats(embedding.get_parameter("weight")) for embedding in head.embeddings]
         self.depths = [
-            (self._vector(block.norm.weight), self._matrix(block.mlp_in.weight), self._matrix(block.mlp_out.weight),
-             self._vector(block.norm_out.weight), self._matrix(deeper.weight))
+            (self._vector(block.get_parameter("norm.weight")), self._matrix(block.get_parameter("mlp_in.weight")),
+             self._matrix(block.get_parameter("mlp_out.weight")), self._vector(block.get_parameter("norm_out.weight")),
+             self._matrix(deeper.get_parameter("weight")))
             for block, deeper in zip(head.blocks, head.heads, strict=True)
         ]  # fmt: skip
 
@@ -219,8 +221,9 @@ class CPUEngine:
         return self.paces[rows.bit_length()].threads or torch.get_num_threads()
 
     def _vector(self, parameter: Tensor) -> int:
-        self._kept.append(_floats(parameter))
-        return self._kept[-1].data_ptr()
+        floats = _floats(parameter)
+        self._kept.append(floats)
+        return floats.data_ptr()
 
     def _matrix(self, parameter: Tensor) -> Matrix:
         packed = Packed(parameter, self.precision)
@@ -229,5 +232,5 @@ class CPUEngine:
 
 
 def _floats(parameter: Tensor) -> Tensor:
-    """The values as float32 numbers of our own: what the prior becomes later does not reach into a drawing under way."""
+    """The values as float32 numbers of our own: what the prior becomes later does not reach a drawing under way."""
     return parameter.detach().to(torch.float32, copy=True).contiguous()

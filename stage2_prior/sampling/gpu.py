@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stage2_prior.attention import Attention, rms_norm
 from stage2_prior.base import Cache
-from stage2_prior.transformer import GPTPrior
+from stage2_prior.transformer import Block, GPTPrior
 
 BUCKET = 64  # own positions
 
@@ -49,7 +49,7 @@ class GPUCache(Cache):
         of = (rows // group).tolist()
         each = len(of) // prefix_keys.shape[1]
         if of != [i // max(1, each) for i in range(len(of))] or len(of) % prefix_keys.shape[1]:
-            # Not the same number of rows for each prefix in its turn: then each prefix that is read stands for its rows.
+            # Not the same number of rows for each prefix in its turn: then each prefix that is read has its rows.
             wanted = sorted(set(of))
             each = len(of) // len(wanted)
             if len(of) % len(wanted) or of != [wanted[i // each] for i in range(len(of))]:
@@ -124,6 +124,7 @@ class GPUEngine:
         x = prior.code_embedding(codes + table).sum(1) + places.index_select(0, position)  # (N, E)
         hidden = torch.arange(end, device=codes.device) > position  # (L,)
         for layer, block in enumerate(prior.blocks):
+            assert isinstance(block, Block)
             x = x + self._attention(block.attention, block.attention_norm(x), layer, position, hidden, cache)
             x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
         state = prior.norm(x)

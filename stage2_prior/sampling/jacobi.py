@@ -7,8 +7,8 @@ little more than one position.
 
 Deliberate difference from Teng et al.: there a guess is accepted by a coin and drawn anew where it falls; here the
 noise of each code is that of its place in `sample` (the coupling of So et al. 2025), so that with its noise a draw is a
-function of the codes before it, and decoding a fixed-point iteration as in Song et al. 2021 for greedy decoding. A guess
-is accepted when it is what `sample` draws: the same seed gives the same image, code for code, not only the same
+function of the codes before it, and decoding a fixed-point iteration as in Song et al. 2021 for greedy decoding. A
+guess is accepted when it is what `sample` draws: the same seed gives the same image, code for code, not only the same
 distribution; and guesses settle as soon as the noise outweighs what the wrong codes before them change.
 
 Letters: N sequences, S positions of a window, Q codebooks, K codebook size, T = positions · Q codes an image.
