@@ -26,6 +26,10 @@ class ClassLabel(str):
         made.label = label
         return made
 
+    def __getnewargs__(self) -> tuple[int | str]:
+        """What a copy is made from."""
+        return (self.label,)
+
 
 class SegmentationMap(str):
     """`segmentation street.png`, with the file that it is in."""
@@ -40,12 +44,19 @@ class SegmentationMap(str):
         made.path = Path(path)
         return made
 
+    def __getnewargs__(self) -> tuple[Path]:
+        """What a copy is made from."""
+        return (self.path,)
+
 
 class NoPrompt(str):
     """`no condition`, for a prior that was trained without any."""
 
     def __new__(cls) -> "NoPrompt":
         return super().__new__(cls, "no condition")
+
+    def __getnewargs__(self) -> tuple[()]:  # type: ignore[override]
+        return ()
 
 
 def prompt_prefix(prior: Prior, prompt: str, segmentation_tokenizer: Autoencoder | None) -> Tensor:

@@ -115,7 +115,7 @@ class BartPrior(Prior):
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
         x, seen = self._embed(codes[:, :-1], 0), prefix != PAD
         for block, text in zip(self.decoder, self._text(prefix), strict=True):
-            x = self._apply(block, x, text, seen)
+            x = self._through(block, x, text, seen)
         return self.head(self.norm(x))
 
     def _text(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -127,10 +127,10 @@ class BartPrior(Prior):
         """(B, P) -> (B, P, E)."""
         x, seen = self.text_norm(self.text_embedding(prefix) + self.text_position.weight), prefix != PAD
         for block in self.encoder:
-            x = self._apply(block, x, seen)
+            x = self._through(block, x, seen)
         return self.encoder_norm(x)
 
-    def _apply(self, block: nn.Module, *inputs: Any) -> Tensor:
+    def _through(self, block: nn.Module, *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
