@@ -4,7 +4,7 @@
 #
 #   pip install -e '.[emoji,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/segmentation/run.sh            the figures of README.md
-#   recipes/segmentation/run.sh long       thirty times the steps
+#   recipes/segmentation/run.sh long       20,000 steps of the tokenizers, 12,000 of a larger prior
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tokenizer=() prior=()
