@@ -28,6 +28,8 @@ class DepthHead(nn.Module):
 
     def forward(self, state: Tensor, codes: Tensor) -> Tensor:
         """States (..., E) and their codes (..., Q) int64 -> logits (..., Q, K); logits q depend on codes before q."""
+        if self.num_codebooks == 1:  # without the copy that joins the depths
+            return self.logits(state, codes[..., :0]).unsqueeze(-2)
         return torch.stack([self.logits(state, codes[..., :depth]) for depth in range(self.num_codebooks)], dim=-2)
 
     def logits(self, state: Tensor, before: Tensor) -> Tensor:

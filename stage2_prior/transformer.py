@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Config
 from common.text import PAD, TextTokenizer
-from stage2_prior.attention import Attention, KeyValueCache, View
+from stage2_prior.attention import Attention, KeyValueCache, RMSNorm, View
 from stage2_prior.base import Cache, Predictions
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
@@ -89,7 +89,7 @@ class GPTPrior(ConditionedPrior):
             self.column_target = nn.Parameter(torch.randn(1, width, config.dim) * 0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.patterns = arrangement(config.attention, config.depth)
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.norm = RMSNorm(config.dim)
         self.code_head = DepthHead(self.num_codebooks, config.codebook_size, config.dim)
         for embedding in (self.text_embedding, self.code_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -245,9 +245,9 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         hidden, self.gated = int(config.dim * config.mlp_ratio), config.mlp == "swiglu"
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config.dim, config.num_heads, config.qk_norm)
-        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.mlp_norm = RMSNorm(config.dim)
         self.mlp_in = nn.Linear(config.dim, 2 * hidden if self.gated else hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
