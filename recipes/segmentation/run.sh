@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Pictures from segmentation maps, from nothing: data -> tokenizers of pictures and of maps -> codes of both -> GPT ->
-# bundle -> figures. A quarter of an hour on a CPU core; started again, it goes on where it stopped.
+# Pictures from segmentation maps, from nothing: data -> tokenizers of pictures and of maps -> codes of both ->
+# PixelCNN -> bundle -> figures. A quarter of an hour on a CPU core; started again, it goes on where it stopped.
 #
 #   pip install -e '.[emoji,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/segmentation/run.sh            the figures of README.md
-#   recipes/segmentation/run.sh long       thirty times the steps
+#   recipes/segmentation/run.sh long       20,000 steps of the tokenizers, 12,000 of a larger prior
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tokenizer=() prior=()
 if [[ ${1:-short} == long ]]; then
-  tokenizer=(run.steps=20000) prior=(run.steps=24000 model.dim=320 model.depth=8)
+  tokenizer=(run.steps=20000) prior=(run.steps=12000 model.dim=192 model.depth=10)
 fi
 
 [[ -f data/segmentation/metadata.jsonl ]] || python recipes/segmentation/prepare_maps.py --out data/segmentation
