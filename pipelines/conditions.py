@@ -26,7 +26,7 @@ class ClassLabel(str):
         made.label = label
         return made
 
-    def __getnewargs__(self) -> tuple[int | str]:
+    def __getnewargs__(self) -> tuple[int | str]:  # type: ignore[override]
         """What a copy is made from."""
         return (self.label,)
 
@@ -44,7 +44,7 @@ class SegmentationMap(str):
         made.path = Path(path)
         return made
 
-    def __getnewargs__(self) -> tuple[Path]:
+    def __getnewargs__(self) -> tuple[Path]:  # type: ignore[override]
         """What a copy is made from."""
         return (self.path,)
 

@@ -1,5 +1,7 @@
 """The recipes of classes and of maps: their files are recipes, and the judge of maps finds what is in a picture."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,16 @@ import pytest
 from PIL import Image
 
 from common.config import read_recipe
-from recipes.segmentation.labels import BACKGROUND, COLOURS, LIGHT, label_glyph, label_map, label_picture, map_picture
 from stage1_tokenizer.train import TokenizerRecipe
 from stage2_prior.encode import EncodeRecipe
 from stage2_prior.train import PriorRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+sys.path.insert(0, str(RECIPES / "segmentation"))  # its scripts import each other by their bare names
+labels = importlib.import_module("labels")
+BACKGROUND, COLOURS, LIGHT = labels.BACKGROUND, labels.COLOURS, labels.LIGHT
+label_glyph, label_map = labels.label_glyph, labels.label_map
+label_picture, map_picture = labels.label_picture, labels.map_picture
 FILES = [path for name in ("digits", "segmentation") for path in sorted((RECIPES / name).glob("*.yaml"))]
 
 
