@@ -112,10 +112,11 @@ def test_smaller_weights_give_nearly_the_same_logits(prior, precision, error):
     assert 0 < wrong < error
 
 
+@pytest.mark.parametrize("width", [30, 31, 5000])
 @torch.no_grad()
-def test_int8_is_the_product_with_the_rounded_weights():
-    weight, x = torch.randn(45, 30), torch.randn(7, 30)
-    packed, norm = kernels.Packed(weight, "int8"), torch.ones(30)
+def test_int8_is_the_product_of_rounded_rows_and_weights(width):
+    weight, x = torch.randn(45, width), torch.randn(7, width)
+    packed, norm = kernels.Packed(weight, "int8"), torch.ones(width)
     scale = weight.abs().amax(1, keepdim=True) / 127
     rounded = (weight / scale).round() * scale
     assert (rounded - weight).abs().max() <= scale.max() / 2 * 1.001
@@ -123,8 +124,11 @@ def test_int8_is_the_product_with_the_rounded_weights():
     kernels.load().norm_and_product(
         x.data_ptr(), 7, norm.data_ptr(), kernels.ctypes.byref(packed.matrix), normed.data_ptr(), y.data_ptr(), 1
     )
-    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x, (30,), eps=1e-6), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(y, normed @ rounded.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(x, (width,), eps=1e-6), rtol=1e-5, atol=1e-6)
+    step = normed.double().abs().amax(1, keepdim=True) / min(4095, (2**31 - 1) // (127 * width))
+    expected = (normed / step).round() * step @ rounded.double().T
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4 * width**0.5)
+    torch.testing.assert_close(y, normed @ weight.T, rtol=0, atol=0.05 * width**0.5)
 
 
 def test_sampling_takes_the_engine_and_draws_what_the_plain_path_draws(prior, monkeypatch):

@@ -15,7 +15,8 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define WIDE  // vectors of 64 bytes
 constexpr int W = 16;  // lanes of a vector
 #else
 constexpr int W = 8;
@@ -30,6 +31,8 @@ typedef float Vector __attribute__((vector_size(4 * W)));
 typedef float Loose __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef int16_t Pairs __attribute__((vector_size(4 * W)));  // two numbers for each output
 typedef uint16_t bf16;
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
@@ -53,27 +56,41 @@ struct Segment {     // keys and values of all layers, rows and heads
 
 static inline Vector load(const float* at) { return *(const Loose*)at; }
 static inline Vector load(const bf16* at) { return (Vector)(__builtin_convertvector(*(const Halves*)at, Bits) << 16); }
-static inline Vector load(const int8_t* at) {
-#if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
-#elif defined(__AVX2__)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)));
-#else
-    Vector wide;
-    for (int i = 0; i < W; i++) wide[i] = at[i];
-    return wide;
-#endif
-}
 static inline void store(float* at, Vector x) { *(Loose*)at = x; }
 
 // sum + a * b, rounded once on x86, twice elsewhere: left to itself (-ffp-contract) the compiler decides place by place.
 static inline Vector add_product(Vector sum, float a, Vector b) {
-#if defined(__AVX512F__)
+#if defined(WIDE)
     return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
 #elif defined(__AVX2__) && defined(__FMA__)
     return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
 #else
     return sum + a * b;
+#endif
+}
+
+// Two 8-bit weights of each of W outputs, and sum + the products of both with two numbers of a row. All of it is exact.
+static inline Pairs load_pairs(const int8_t* at) {
+#if defined(WIDE)
+    return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
+#elif defined(__AVX2__)
+    return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+#else
+    Pairs pairs;
+    for (int i = 0; i < 2 * W; i++) pairs[i] = at[i];
+    return pairs;
+#endif
+}
+static inline Ints add_pairs(Ints sum, const int16_t* two, Pairs weights) {
+    int32_t both;
+    memcpy(&both, two, 4);
+#if defined(WIDE)
+    return sum + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
+#elif defined(__AVX2__)
+    return sum + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));
+#else
+    for (int i = 0; i < W; i++) sum[i] += two[0] * weights[2 * i] + two[1] * weights[2 * i + 1];
+    return sum;
 #endif
 }
 
@@ -201,44 +218,118 @@ __attribute__((noinline)) static void tile(const float* x, const T* panel, int64
     finish(done, R, B * PANEL, matrix, first, y, after);
 }
 
-template <typename T>
-static void some_rows(int64_t rows, const float* x, const T* panel, int64_t ahead, const Matrix& matrix, int64_t first,
-                      float* y, After after) {
-    switch (rows) {
-        case 1: return tile<1, 1>(x, panel, ahead, matrix, first, y, after);
-        case 2: return tile<2, 1>(x, panel, ahead, matrix, first, y, after);
-        case 3: return tile<3, 1>(x, panel, ahead, matrix, first, y, after);
-        case 4: return tile<4, 1>(x, panel, ahead, matrix, first, y, after);
-        case 5: return tile<5, 1>(x, panel, ahead, matrix, first, y, after);
-        default: return tile<6, 1>(x, panel, ahead, matrix, first, y, after);
-    }
+// Rows of whole numbers for 8-bit weights: up to 4095 in size, which rounds off far less than the weights' 127 do, and no
+// more than lets a sum fit 32 bits whatever the weights.
+struct Rounded {
+    std::unique_ptr<int16_t[]> numbers;  // (M, in rounded up to even)
+    std::unique_ptr<float[]> scale;      // (M)
+    Rounded(int64_t M, int64_t in) : numbers(new int16_t[M * (in + 1)]), scale(new float[M]) {}
+};
+
+static void round_row(const float* x, int64_t in, int16_t* numbers, float* scale) {
+    const int64_t fits = 2147483647 / (127 * in);
+    const float limit = fits < 4095 ? fits : 4095, magic = 12582912.0f;
+    float most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < in; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    const float to = most > 0 ? limit / most : 0;
+#pragma omp simd
+    for (int64_t i = 0; i < in; i++) numbers[i] = (int16_t)(int32_t)((x[i] * to + magic) - magic);
+    if (in % 2) numbers[in] = 0;
+    *scale = most / limit;
 }
 
+template <int R, int B>
+__attribute__((noinline)) static void whole_tile(const int16_t* x, const float* scale, const int8_t* panel,
+                                                 const Matrix& matrix, int64_t first, float* y, After after) {
+    const int64_t in = matrix.in + matrix.in % 2;
+    Ints sum[R][B][2] = {};
+    for (int64_t i = 0; i < in; i += 2)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            const int8_t* at = panel + (b * in + i) * PANEL;
+            __builtin_prefetch(at + B * in * PANEL, 0, 2);
+            const Pairs one = load_pairs(at), other = load_pairs(at + 2 * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                sum[r][b][0] = add_pairs(sum[r][b][0], x + r * in + i, one);
+                sum[r][b][1] = add_pairs(sum[r][b][1], x + r * in + i, other);
+            }
+        }
+    float done[R * B * PANEL];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            store(done + (r * B + b) * PANEL, __builtin_convertvector(sum[r][b][0], Vector) * scale[r]);
+            store(done + (r * B + b) * PANEL + W, __builtin_convertvector(sum[r][b][1], Vector) * scale[r]);
+        }
+    finish(done, R, B * PANEL, matrix, first, y, after);
+}
+
+// The rows of one kind of matrix, some of them times some panels.
 template <typename T>
-static void panels(const float* x, int64_t M, const Matrix& matrix, int64_t from, int64_t to, float* y, After after) {
-    const T* data = (const T*)matrix.data;
-    const int64_t size = matrix.in * PANEL, tiles = (M + ROWS - 1) / ROWS;
+struct Rows {
+    const float* x;
+    const Matrix& matrix;
+    float* y;
+    After after;
+    template <int R, int B>
+    void run(int64_t begin, int64_t from) const {
+        const int64_t size = matrix.in * PANEL;
+        tile<R, B>(x + begin * matrix.in, (const T*)matrix.data + from * size, B * size, matrix, from * PANEL,
+                   y + begin * matrix.out, after);
+    }
+};
+
+struct WholeRows {
+    const Rounded& x;
+    const Matrix& matrix;
+    float* y;
+    After after;
+    template <int R, int B>
+    void run(int64_t begin, int64_t from) const {
+        const int64_t in = matrix.in + matrix.in % 2;
+        whole_tile<R, B>(&x.numbers[begin * in], &x.scale[begin], (const int8_t*)matrix.data + from * in * PANEL, matrix,
+                         from * PANEL, y + begin * matrix.out, after);
+    }
+};
+
+template <typename Some>
+static void panels(const Some& some, int64_t M, int64_t from, int64_t to) {
+    const int64_t tiles = (M + ROWS - 1) / ROWS;
     if (M == 1)  // several panels at once, so that enough sums are under way
-        for (; to - from >= 4; from += 4) tile<1, 4>(x, data + from * size, 4 * size, matrix, from * PANEL, y, after);
+        for (; to - from >= 4; from += 4) some.template run<1, 4>(0, from);
     if (M == 2)
-        for (; to - from >= 2; from += 2) tile<2, 2>(x, data + from * size, 2 * size, matrix, from * PANEL, y, after);
+        for (; to - from >= 2; from += 2) some.template run<2, 2>(0, from);
     for (; from < to; from++)
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t begin = M * t / tiles, end = M * (t + 1) / tiles;  // as even as they get
-            some_rows(end - begin, x + begin * matrix.in, data + from * size, size, matrix, from * PANEL,
-                      y + begin * matrix.out, after);
+            switch (end - begin) {
+                case 1: some.template run<1, 1>(begin, from); break;
+                case 2: some.template run<2, 1>(begin, from); break;
+                case 3: some.template run<3, 1>(begin, from); break;
+                case 4: some.template run<4, 1>(begin, from); break;
+                case 5: some.template run<5, 1>(begin, from); break;
+                default: some.template run<6, 1>(begin, from);
+            }
         }
 }
 
-static void product(const float* x, int64_t M, const Matrix& matrix, float* y, After after) {
+static void product(const float* x, int64_t M, const Matrix& matrix, float* y, After after, Rounded& rounded) {
     // y (M, out) from x (M, in), inside a parallel region.
     const int64_t count = (matrix.out + PANEL - 1) / PANEL, tasks = (count + PANELS_A_TASK - 1) / PANELS_A_TASK;
+    if (matrix.kind == INT8) {
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < M; m++)
+            round_row(x + m * matrix.in, matrix.in, &rounded.numbers[m * (matrix.in + matrix.in % 2)], &rounded.scale[m]);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t from = task * PANELS_A_TASK, to = from + PANELS_A_TASK < count ? from + PANELS_A_TASK : count;
-        if (matrix.kind == FLOAT32) panels<float>(x, M, matrix, from, to, y, after);
-        else if (matrix.kind == BFLOAT16) panels<bf16>(x, M, matrix, from, to, y, after);
-        else panels<int8_t>(x, M, matrix, from, to, y, after);
+        if (matrix.kind == FLOAT32) panels(Rows<float>{x, matrix, y, after}, M, from, to);
+        else if (matrix.kind == BFLOAT16) panels(Rows<bf16>{x, matrix, y, after}, M, from, to);
+        else panels(WholeRows{rounded, matrix, y, after}, M, from, to);
     }
 }
 
@@ -408,7 +499,7 @@ extern "C" {
 int64_t lanes() { return W; }
 int64_t panel_width() { return PANEL; }
 
-// (out, in) floats, already whole numbers if int8 -> panels, filled up with zeros.
+// (out, in) floats -> panels, filled up with zeros. For int8, whole numbers -> panels of [in / 2][PANEL][2], zero before.
 void pack(const float* from, int64_t out, int64_t in, int64_t kind, void* to) {
     const int64_t count = (out + PANEL - 1) / PANEL;
     for (int64_t p = 0; p < count; p++)
@@ -418,7 +509,7 @@ void pack(const float* from, int64_t out, int64_t in, int64_t kind, void* to) {
                 const int64_t at = (p * in + i) * PANEL + j;
                 if (kind == FLOAT32) ((float*)to)[at] = x;
                 else if (kind == BFLOAT16) narrow(x, (bf16*)to + at);
-                else ((int8_t*)to)[at] = (int8_t)x;
+                else ((int8_t*)to)[((p * ((in + 1) / 2) + i / 2) * PANEL + j) * 2 + i % 2] = (int8_t)x;
             }
 }
 
@@ -430,6 +521,7 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
     const Place place{depth, heads, d, (d + W - 1) / W * W};
     const int64_t broad = hidden > 3 * E ? hidden : 3 * E;
     std::unique_ptr<float[]> normed(new float[M * E]), wide(new float[M * broad]);
+    Rounded rounded(M, hidden > E ? hidden : E);
     std::vector<std::pair<int64_t, int64_t>> groups;  // rows that read the same prefix
     for (int64_t m = 0; m < M;) {
         int64_t end = m + 1;
@@ -446,7 +538,7 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
             const Block& block = blocks[layer];
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, block.attention_norm, E, 1.0f, &normed[m * E]);
-            product(normed.get(), M, block.qkv, wide.get(), PUT);
+            product(normed.get(), M, block.qkv, wide.get(), PUT, rounded);
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) {
                 float* qkv = &wide[m * 3 * E];
@@ -461,11 +553,11 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
                 run(first, count, S, layer, task % heads, place, wide.get(), start, *prefix, prefix_of, P, *own,
                     normed.get(), scratch.get());
             }
-            product(normed.get(), M, block.out, x, ADD);
+            product(normed.get(), M, block.out, x, ADD, rounded);
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, block.mlp_norm, E, 1.0f, &normed[m * E]);
-            product(normed.get(), M, block.mlp_in, wide.get(), GELU);
-            product(wide.get(), M, block.mlp_out, x, ADD);
+            product(normed.get(), M, block.mlp_in, wide.get(), GELU, rounded);
+            product(wide.get(), M, block.mlp_out, x, ADD, rounded);
         }
     }
 }
@@ -473,11 +565,12 @@ void trunk(const Block* blocks, int64_t depth, int64_t heads, int64_t E, float* 
 // x (M, E) -> normed (M, E), and their product with `matrix` (M, out).
 void norm_and_product(const float* x, int64_t M, const float* norm, const Matrix* matrix, float* normed, float* y,
                       int64_t threads) {
+    Rounded rounded(M, matrix->in);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * matrix->in, norm, matrix->in, 1.0f, normed + m * matrix->in);
-        product(normed, M, *matrix, y, PUT);
+        product(normed, M, *matrix, y, PUT, rounded);
     }
 }
 
@@ -486,15 +579,16 @@ void depth_head(float* x, int64_t M, const float* norm, const Matrix* mlp_in, co
                 const Matrix* head, float* logits, int64_t threads) {
     const int64_t E = mlp_in->in, hidden = mlp_in->out;
     std::unique_ptr<float[]> normed(new float[M * E]), wide(new float[M * hidden]);
+    Rounded rounded(M, hidden > E ? hidden : E);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, norm, E, 1.0f, &normed[m * E]);
-        product(normed.get(), M, *mlp_in, wide.get(), GELU);
-        product(wide.get(), M, *mlp_out, x, ADD);
+        product(normed.get(), M, *mlp_in, wide.get(), GELU, rounded);
+        product(wide.get(), M, *mlp_out, x, ADD, rounded);
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) rms_norm(x + m * E, norm_out, E, 1.0f, &normed[m * E]);
-        product(normed.get(), M, *head, logits, PUT);
+        product(normed.get(), M, *head, logits, PUT, rounded);
     }
 }
 
