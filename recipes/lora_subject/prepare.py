@@ -5,7 +5,7 @@
 The thing is a "tessie", a round beast with a horn, drawn here. Into OUT go
 
     metadata.jsonl, train/      the twenty pictures: 6 plain, 10 on colours, 4 small in a corner or the center
-    known/                      400 training pictures of the emoji world to remember (split "train") and 300 others of
+    known/                      1,000 training pictures of the emoji world to remember (split "train") and 300 others of
                                 them to see what was forgotten (split "check")
     references/                 the emoji world's references for the judge, and the tessie's
     prompts.jsonl               what is asked before and after: the tessie as it was shown ("shown"), as it was not
@@ -135,7 +135,7 @@ def main(emoji: Path, out: Path, size: int, seed: int) -> None:
     # Drawn as often as training draws each, so that plain pictures are the nearest to half.
     wanted = np.random.default_rng(seed).choice(
         len(trained),
-        700,
+        1300,
         replace=False,
         p=np.array([row["weight"] for row in trained]) / sum(row["weight"] for row in trained),
     )
@@ -143,9 +143,9 @@ def main(emoji: Path, out: Path, size: int, seed: int) -> None:
     (out / "known").mkdir(exist_ok=True)
     for number, index in enumerate(wanted.tolist()):
         row = trained[index]
-        shutil.copyfile(emoji / row["file_name"], out / "known" / f"{number:03d}.png")
-        split = "train" if number < 400 else "check"
-        known.append({"file_name": f"{number:03d}.png", "text": row["text"], "split": split, "kind": row["kind"]})
+        shutil.copyfile(emoji / row["file_name"], out / "known" / f"{number:04d}.png")
+        split = "train" if number < 1000 else "check"
+        known.append({"file_name": f"{number:04d}.png", "text": row["text"], "split": split, "kind": row["kind"]})
     write_lines(out / "known" / "metadata.jsonl", known)
 
     shutil.copytree(emoji / "glyphs", out / "references", dirs_exist_ok=True)

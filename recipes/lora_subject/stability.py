@@ -60,7 +60,7 @@ def measure(changes: dict[str, Any], steps: int) -> Measured:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizers.parameters, config.clip_norm)
         optimizers.step(step)
-        worst = max(worst, float(image.mean()))
+        worst = max(worst, image.detach().mean().item())
     return Measured(nats(objective.eval(), new, 20), worst, nats(objective, known, 40))
 
 
