@@ -28,7 +28,7 @@ from stage2_prior import Sampling, flatten_codes, unflatten_codes
 from stage2_prior.base import Prior
 from stage2_prior.lora import Loras
 from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
-from stage2_prior.sampling.sample import Drawing, check_first_codes
+from stage2_prior.sampling.sample import check_first_codes, sample_scored
 
 MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
@@ -380,9 +380,8 @@ class TextToImagePipeline:
                 )
                 own_seeds = [[seeds[i] for i in row] for row in chosen.tolist()]
             else:
-                drawing = Drawing(self.prior, prefix, every, job.sampling, scored=job.scored, **given)
-                drawing.advance(length, report)
-                sampled, own_seeds = drawing.sampled, [list(seeds)] * len(texts)
+                sampled = sample_scored(self.prior, prefix, every, job.sampling, report, scored=job.scored, **given)
+                own_seeds = [list(seeds)] * len(texts)
             parts = [part.view(len(texts), -1, length).unbind() for part in sampled]  # each (n, T), prompt by prompt
             yield [Drawn(*prompt) for prompt in zip(texts, own_seeds, *parts, strict=True)]
 

@@ -8,8 +8,8 @@ import torch
 
 from common.errors import InputError
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
+from stage2_prior.sampling import cpu, kernels
 from stage2_prior.sampling import engine as engines
-from stage2_prior.sampling import kernels
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
 from stage2_prior.sampling.gpu import GPUEngine
@@ -229,3 +229,35 @@ def test_graphs_give_the_priors_logits_on_a_gpu():
     rows = torch.arange(6, device="cuda")
     logits = stepped(GPUEngine(prior), prefix, codes, rows)
     torch.testing.assert_close(logits, prior(prefix, codes), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("prefixes", [1, 3])
+def test_what_does_not_fit_in_memory_is_drawn_in_parts(monkeypatch, capsys, prefixes):
+    prior = make_prior()
+    prefix, _ = inputs(prior, prefixes)
+    sampling, null = Sampling(guidance_scale=2), inputs(prior, prefixes)[0]
+    whole = sample(prior, prefix, range(9), sampling, null=null)
+    original = cpu.KeysAndValues.allocate
+
+    def allocate(depth, rows, *rest):
+        if rows > 6:  # guided: of three images
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+        return original(depth, rows, *rest)
+
+    monkeypatch.setattr(cpu.KeysAndValues, "allocate", allocate)
+    assert torch.equal(sample(prior, prefix, range(9), sampling, null=null), whole)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"9 images at once do not fit in memory; drawing {'4 and 5' if prefixes == 1 else '3 and 6'}"
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("something else")])
+def test_one_image_that_does_not_fit_and_other_errors_are_raised(monkeypatch, capsys, error):
+    def step(*_):
+        raise error
+
+    prior = make_prior()
+    assert accelerated(prior) is not None
+    monkeypatch.setattr(CPUEngine, "step", step)
+    with pytest.raises(type(error), match=str(error)):
+        sample(prior, inputs(prior, 1)[0], range(2))
+    assert ("drawing 1 and 1" in capsys.readouterr().err) == isinstance(error, MemoryError)

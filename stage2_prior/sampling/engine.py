@@ -95,7 +95,7 @@ def _make(prior: Prior) -> tuple[CPUEngine | GPUEngine | None, str]:
         return None, reason
     assert isinstance(prior, GPTPrior)
     weight = prior.text_embedding.weight
-    precision = _precisions.get(prior) or ("float32" if weight.dtype == torch.float32 else "bfloat16")
+    precision = _precisions.get(prior) or ("bfloat16" if weight.dtype == torch.bfloat16 else "float32")
     engine: CPUEngine | GPUEngine
     try:
         engine = CPUEngine(prior, precision) if weight.device.type == "cpu" else GPUEngine(prior)

@@ -17,6 +17,7 @@ from common.errors import InputError
 from stage2_prior.base import Prior
 from stage2_prior.sampling.engine import engine_for
 from stage2_prior.sampling.noise import draw_with, words_of
+from stage2_prior.sampling.parts import draw_in_parts
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 
 Progress = Callable[[int], None]  # codes drawn since the last call
@@ -42,11 +43,12 @@ def sample(
 
     `prefix` (R, P): each row serves N / R seeds in a row; one row serves all. `null` (1, P) or (R, P) is what guidance
     steers away from, by default the prior's null prefix. `first_codes` (n,), n < T, are the first codes of every image;
-    the rest is drawn. Raises InputError when N is not a multiple of R, or for given codes that are not codes.
+    the rest is drawn. What does not fit in memory is drawn in parts: the same images, and a line says so. Raises
+    InputError when N is not a multiple of R, or for given codes that are not codes.
     """
-    drawing = Drawing(prior, prefix, seeds, sampling, null=null, first_codes=first_codes)
-    drawing.advance(prior.length, progress)
-    return drawing.codes
+    return sample_scored(
+        prior, prefix, seeds, sampling, progress, null=null, first_codes=first_codes, scored=False
+    ).codes
 
 
 def sample_scored(
@@ -58,11 +60,18 @@ def sample_scored(
     *,
     null: Tensor | None = None,
     first_codes: Tensor | None = None,
+    scored: bool = True,
 ) -> Sampled:
-    """`sample` with the log-probabilities of the codes; they cost one more softmax a code."""
-    drawing = Drawing(prior, prefix, seeds, sampling, null=null, first_codes=first_codes, scored=True)
-    drawing.advance(prior.length, progress)
-    return drawing.sampled
+    """`sample` with the log-probabilities of the codes, which cost one more softmax a code; zeros unless `scored`."""
+    check_seeds(prefix, seeds)
+
+    def draw_some(which: slice, some: Sequence[int]) -> Sampled:
+        own = null if null is None or len(null) == 1 else null[which]
+        drawing = Drawing(prior, prefix[which], some, sampling, null=own, first_codes=first_codes, scored=scored)
+        drawing.advance(prior.length, progress)
+        return drawing.sampled
+
+    return draw_in_parts(draw_some, len(prefix), seeds)
 
 
 class Drawing:
@@ -81,8 +90,7 @@ class Drawing:
         scored: bool = False,
     ) -> None:
         """Reads the prefixes and the given codes; arguments as of `sample`. `scored` keeps log-probabilities."""
-        if not seeds or len(seeds) % len(prefix):
-            raise InputError(f"the number of seeds must be a multiple of the {len(prefix)} prefixes, got {len(seeds)}")
+        check_seeds(prefix, seeds)
         self.prior, self.sampling, self.scored = prior, sampling or Sampling(), scored
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         given = check_first_codes(prior, first_codes).to(prefix.device)  # (n,)
@@ -170,6 +178,12 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 def log_prob(logits: Tensor, codes: Tensor) -> Tensor:
     """(N, K) and (N,) int64 -> log of each code's probability (N,)."""
     return logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+
+
+def check_seeds(prefix: Tensor, seeds: Sequence[int]) -> None:
+    """Raises InputError unless the seeds are a multiple of the prefixes (R, P)."""
+    if not seeds or len(seeds) % len(prefix):
+        raise InputError(f"the number of seeds must be a multiple of the {len(prefix)} prefixes, got {len(seeds)}")
 
 
 def check_first_codes(prior: Prior, codes: Tensor | None) -> Tensor:
