@@ -26,9 +26,10 @@ from tqdm import tqdm
 from common.config import Config, validate
 from common.errors import InputError
 from common.images import contact_sheet, open_image, read_origin, save_png
+from pipelines.arguments import check_keep, check_prompts
 from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
 from pipelines.conditions import SegmentationMap
-from pipelines.text_to_image import Generated, TextToImagePipeline, check_keep, check_prompts
+from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from common.images import open_image
+from pipelines.arguments import check_prompt
 from pipelines.bundle import INDEX, find_bundle, shipped_bundles
-from pipelines.text_to_image import check_prompt
 from rerank import ClipReranker
 
 

@@ -4,8 +4,6 @@ Letters: N candidates, Q codebooks, h w code grid, T = Q·h·w codes an image, H
 """
 
 import math
-import os
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,19 +18,19 @@ from torch import Tensor
 from common.config import validate
 from common.errors import InputError, InputWarning
 from common.images import fit, to_pil, to_tensor
+from pipelines.arguments import check_keep, check_prompt, check_prompts, check_seeds, whole_number
 from pipelines.bundle import load_bundle, save_bundle
-from pipelines.conditions import ClassLabel, SegmentationMap, prompt_prefix
+from pipelines.conditions import prompt_prefix
+from pipelines.machine import find_device, free_memory
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, flatten_codes, unflatten_codes
-from stage2_prior.base import Prior
+from stage2_prior.base import Prior, PromptTooLong
 from stage2_prior.lora import Loras
 from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import check_first_codes, sample_scored
 
-MOST_CHARACTERS = 32_000  # of a prompt
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
-LARGEST_SEED = 2**53 - 1  # JSON and JavaScript read numbers up to here exactly
 SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
 
 CPU = torch.device("cpu")
@@ -319,7 +317,7 @@ class TextToImagePipeline:
         The picture is scaled and cut to the tokenizer's size. Raises InputError unless 1 <= rows < h.
         """
         height = self.image_tokenizer.code_shape[1]
-        rows = height // 2 if rows is None else _count("top_rows", rows)
+        rows = height // 2 if rows is None else whole_number("top_rows", rows)
         if rows >= height:
             raise InputError(f"top_rows must be below {height}, the rows of codes in a picture, got {rows}")
         pixels = to_tensor(fit(image.convert("RGB"), self.image_tokenizer.image_size))
@@ -420,17 +418,17 @@ class TextToImagePipeline:
         """One prompt's prefix (1, P)."""
         try:
             return prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+        except PromptTooLong:
+            pass
         except InputError as error:
-            if self.prior.condition != "text" or isinstance(prompt, ClassLabel | SegmentationMap):
-                raise InputError(f"{name}: {error}") from None
-            self.prior.prefix([""])  # fails as well when it was not the length
+            raise InputError(f"{name}: {error}" if name != "the prompt" else str(error)) from None
         fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
         while end - fits > 1:
             middle = (fits + end) // 2
             try:
                 self.prior.prefix([prompt[:middle]])
                 fits = middle
-            except InputError:
+            except PromptTooLong:
                 end = middle
         cut = " ".join(prompt[fits:].split())
         shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
@@ -488,7 +486,7 @@ class TextToImagePipeline:
     def _rows(self, prompts: int, candidates: int, sampling: Sampling, batch_size: int | None) -> int:
         """How many candidates to draw at once. Raises InputError when those of one prompt do not fit in memory."""
         device, row = self._device, self._row_bytes(sampling)
-        wanted = min(MOST_ROWS if batch_size is None else _count("batch_size", batch_size), prompts * candidates)
+        wanted = min(MOST_ROWS if batch_size is None else whole_number("batch_size", batch_size), prompts * candidates)
         least = row * (1 if batch_size is None else wanted)
         pictures = candidates * self._picture_bytes()  # of the prompt under way
         self._check_memory(pictures, candidates, prompts)
@@ -515,86 +513,6 @@ class TextToImagePipeline:
         return 3 * self.image_tokenizer.image_size**2 + 8 * self.prior.length + 1000
 
 
-# Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def check_prompts(prompt: str | Sequence[str]) -> list[str]:
-    """The prompt or prompts as a list. Raises InputError for the first that says nothing."""
-    if not isinstance(prompt, Sequence):
-        raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise InputError("there are no prompts; give at least one")
-    for i in range(len(prompts)):
-        _named(prompts, i, check_prompt)
-    return prompts
-
-
-def check_prompt(prompt: str, name: str = "prompt") -> None:
-    """Raises InputError unless the prompt is text with words in it, of a reasonable length."""
-    if not isinstance(prompt, str):
-        raise InputError(f"a {name} must be text, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise InputError(f"the {name} is empty; say what the picture should show")
-    if len(prompt) > MOST_CHARACTERS:
-        raise InputError(f"the {name} has {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are read; shorten it")
-    for character in prompt:
-        # Control characters, and the surrogates that stand for bytes which are not UTF-8.
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
-            raise InputError(
-                f"the {name} looks like binary data, it has the character U+{ord(character):04X}; give text"
-            )
-    if not any(character.isalnum() for character in prompt):
-        raise InputError(f"the {name} '{prompt[:20]}' has no letter or digit; describe the picture in words")
-
-
-def check_seeds(num_candidates: int, seed: int, seeds: Sequence[int] | None) -> Sequence[int]:
-    """The seed of each candidate. Raises InputError for counts below 1 and seeds outside of 0 .. 2^53 - 1."""
-    if seeds is None:
-        count = _count("num_candidates", num_candidates)
-        last = _count("seed", seed, least=0) + count - 1
-        if last > LARGEST_SEED:
-            raise InputError(
-                f"the seeds of {count:,} candidates from {seed:,} on go beyond {LARGEST_SEED:,}; ask for less"
-            )
-        return range(seed, seed + count)
-    chosen = [_count("each of seeds", one, least=0) for one in seeds]
-    if not chosen or max(chosen) > LARGEST_SEED:
-        raise InputError(f"seeds must be at least one number of at most {LARGEST_SEED:,}")
-    return chosen
-
-
-def check_keep(num_images: int | None, num_candidates: int, finished: int | None = None) -> int:
-    """How many pictures of a prompt are returned; `finished` is what early pruning leaves of the candidates.
-
-    Raises InputError unless 1 <= num_images <= num_candidates, or finished.
-    """
-    there = num_candidates if finished is None else finished
-    keep = _count("num_images_per_prompt", min(4, there) if num_images is None else num_images)
-    if keep > num_candidates:
-        raise InputError(f"num_images_per_prompt must be at most num_candidates {num_candidates:,}, got {keep:,}")
-    if keep > there:
-        raise InputError(
-            f"the candidate_budget finishes {there:,} of {num_candidates:,} candidates, but num_images_per_prompt is "
-            f"{keep:,}; ask for fewer pictures, more candidates or a larger budget"
-        )
-    return keep
-
-
-def _count(name: str, value: int, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
-    return value
-
-
-def _named(prompts: Sequence[str], i: int, check: Callable[[str], Any]) -> Any:
-    """`check(prompts[i])`; where there are several prompts, its error says which it is about."""
-    try:
-        return check(prompts[i])
-    except InputError as error:
-        raise InputError(f"prompt {i + 1} of {len(prompts)}: {error}" if len(prompts) > 1 else str(error)) from None
-
-
 def fill(codes: Tensor, code_shape: tuple[int, int, int]) -> Tensor:
     """The first codes of images (n, m), m >= 1, as whole ones (n, T): what is missing repeats the row above it.
 
@@ -607,9 +525,6 @@ def fill(codes: Tensor, code_shape: tuple[int, int, int]) -> Tensor:
         back = row if position >= row else min(codebooks, position)
         filled[:, position] = filled[:, position - back]
     return filled
-
-
-# Batches and machines -------------------------------------------------------------------------------------------------
 
 
 def batches(
@@ -627,35 +542,6 @@ def batches(
         for prompt in range(prompts):
             for start in range(0, len(seeds), rows):
                 yield prompt, prompt + 1, seeds[start : start + rows]
-
-
-def find_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or a GPU if there is one. Raises InputError when it is not there."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"the device '{device}' is not there; use 'cpu' or leave it out") from None
-    return chosen
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be used on a GPU, or on this machine within the limits of its control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:  # not Linux, or no control groups
-        return ""
 
 
 def _best_first(candidate: Candidate) -> float:

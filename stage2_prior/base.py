@@ -22,6 +22,11 @@ from common.errors import InputError
 from common.text import TextTokenizer
 from common.weights import save_pretrained
 
+
+class PromptTooLong(InputError):
+    """A text has more tokens than the prior reads; the only fault of a prompt that cutting it mends."""
+
+
 Condition = Literal["text", "class", "segmentation", "none"]
 CONDITIONS: dict[Condition, str] = {
     "text": "text", "class": "class labels", "segmentation": "segmentation maps", "none": "no condition"
@@ -68,6 +73,7 @@ class Predictions(NamedTuple):
 class Prior(nn.Module, ABC):
     config: PriorConfig
     condition: Condition = "text"  # what it was trained to draw from
+    knows_no_condition: bool = True  # it was trained without its condition too, as guidance needs
     text_tokenizer: TextTokenizer | None
     code_shape: tuple[int, int, int]  # Q, h, w
     num_codebooks: int  # Q
@@ -106,10 +112,10 @@ class Prior(nn.Module, ABC):
             return self.class_prefix(classes)
         return self.null_prefix(1) if segmentation is None else self.segmentation_prefix(segmentation)
 
-    # Of these three a prior has the one that its `condition` names.
+    # Of these a prior has those of the kind that its `condition` names; `prefix` asks for no others.
 
     def text_prefix(self, text: Sequence[str]) -> Tensor:
-        """(B, P). Raises InputError when a text is too long for the prior."""
+        """(B, P). Raises PromptTooLong when a text has more tokens than the prior reads."""
         raise NotImplementedError
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -135,7 +141,15 @@ class Prior(nn.Module, ABC):
         """The prefix of no condition at all, (rows, P)."""
 
     def unconditional(self, prefix: Tensor) -> Tensor:
-        """What guidance steers away from: one prefix for all of `prefix` (R, P), or one for each of its rows."""
+        """What guidance steers away from: one prefix for all of `prefix` (R, P), or one for each of its rows.
+
+        Raises InputError for a prior that was never trained without its condition.
+        """
+        if not self.knows_no_condition:
+            raise InputError(
+                f"this prior was never trained without its {self.condition}, so there is nothing to guide away from; "
+                "use a guidance_scale of 1"
+            )
         return self.null_prefix(1).to(prefix.device)
 
     @abstractmethod
@@ -160,13 +174,13 @@ class Prior(nn.Module, ABC):
 
 
 def prompt_tokens(tokenizer: TextTokenizer | None, text: Sequence[str], room: int) -> list[list[int]]:
-    """The ids of each text. Raises InputError when there is no tokenizer, or a text has more than `room`."""
+    """The ids of each text. Raises InputError when there is no tokenizer, PromptTooLong for more ids than `room`."""
     if tokenizer is None:
         raise InputError("this prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
     tokens = [tokenizer.encode(one) for one in text]
     for ids in tokens:
         if len(ids) > room:
-            raise InputError(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
+            raise PromptTooLong(f"the prompt has {len(ids)} tokens, the prior reads at most {room}; shorten it")
     return tokens
 
 

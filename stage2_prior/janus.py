@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
-from stage2_prior.base import Cache, Prior, PriorConfig
+from stage2_prior.base import Cache, Prior, PriorConfig, PromptTooLong
 from stage2_prior.padding import PaddedKeyValues, causal_mask
 
 ATTENTION = "tessera"  # name of our attention among transformers' own
@@ -83,7 +83,7 @@ class JanusPrior(Prior):
         rows = [self._tokens(one) for one in text]
         for ids in rows:
             if len(ids) > self.prefix_length:
-                raise InputError(
+                raise PromptTooLong(
                     f"the prompt has {len(ids)} tokens with what stands around it, the prior reads at most "
                     f"{self.prefix_length}; shorten it"
                 )

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
 from stage2_prior.blocks import Block, KeyValues
@@ -44,6 +43,7 @@ class MinDALLEConfig(PriorConfig):
 
 class MinDALLEPrior(Prior):
     config: MinDALLEConfig
+    knows_no_condition = False
 
     def __init__(self, config: MinDALLEConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
@@ -75,12 +75,6 @@ class MinDALLEPrior(Prior):
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.pad([[]] * rows)
-
-    def unconditional(self, prefix: Tensor) -> Tensor:
-        raise InputError(
-            "this prior was never trained without its text, so there is nothing to guide away from; "
-            "use a guidance_scale of 1"
-        )
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Ids of our text tokenizer, which has its specials before minDALL-E's ids -> (B, P); the rest is cut off."""

@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.errors import InputError
 from common.text import SPECIALS, TextTokenizer
 from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
 from stage2_prior.blocks import Block, KeyValues
@@ -51,6 +50,7 @@ class RuDALLEConfig(PriorConfig):
 
 class RuDALLEPrior(Prior):
     config: RuDALLEConfig
+    knows_no_condition = False
 
     def __init__(self, config: RuDALLEConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
@@ -80,12 +80,6 @@ class RuDALLEPrior(Prior):
 
     def null_prefix(self, rows: int) -> Tensor:
         return self.pad([[]] * rows)
-
-    def unconditional(self, prefix: Tensor) -> Tensor:
-        raise InputError(
-            "this prior was never trained without its text, so there is nothing to guide away from; "
-            "use a guidance_scale of 1"
-        )
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Ids of our text tokenizer, which has its specials before ruDALL-E's -> (B, P); what does not fit is cut.

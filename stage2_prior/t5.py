@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.weights import hub_at_once
+from stage2_prior.base import PromptTooLong
 from stage2_prior.captions import clean
 
 FILES = "config.json, model.safetensors or its shards, tokenizer.json and tokenizer_config.json"
@@ -29,7 +30,7 @@ class T5Features:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """Raises InputError when the encoder cannot be had, or a text has more than P tokens."""
+        """Raises InputError when the encoder cannot be had, PromptTooLong when a text has more than P tokens."""
         self._load(device)
         return torch.stack([self._features(text, device) for text in texts])
 
@@ -39,7 +40,9 @@ class T5Features:
         tokens = self._tokenizer(clean(clean(text)), padding="max_length", max_length=self.length, return_tensors="pt")
         ids, seen = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         if ids.shape[1] > self.length:
-            raise InputError(f"the prompt has {ids.shape[1]} tokens, the prior reads at most {self.length}; shorten it")
+            raise PromptTooLong(
+                f"the prompt has {ids.shape[1]} tokens, the prior reads at most {self.length}; shorten it"
+            )
         features = self._encoder(input_ids=ids, attention_mask=seen).last_hidden_state[0].float()  # (P, C)
         count = int(seen.sum())
         return F.pad(F.pad(features[:count], (0, 1), value=1.0), (0, 0, self.length - count, 0))

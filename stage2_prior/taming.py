@@ -65,6 +65,7 @@ class TamingConfig(PriorConfig):
 
 class TamingPrior(Prior):
     config: TamingConfig
+    knows_no_condition = False
 
     def __init__(self, config: TamingConfig, text_tokenizer: TextTokenizer | None = None) -> None:
         super().__init__()
@@ -95,10 +96,7 @@ class TamingPrior(Prior):
         return flatten_codes(segmentation).to(self.position.device)
 
     def null_prefix(self, rows: int) -> Tensor:
-        raise InputError(
-            f"this prior was never trained without its {self.condition}, so there is nothing to guide away from; "
-            "use a guidance_scale of 1"
-        )
+        return self.unconditional(torch.empty(rows, self.prefix_length))  # says that there is none
 
     def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
         x = self._embed(torch.cat([prefix, codes[:, :-1]], dim=1), 0)

@@ -1,7 +1,7 @@
 """The pipeline: a picture depends on prompt, seed and sampling alone, the best come first, bad input is a sentence."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,10 @@ from torch import Tensor
 from common.errors import InputError, InputWarning
 from common.images import to_pil
 from pipelines import text_to_image
-from pipelines.text_to_image import (
-    Generated,
-    TextToImagePipeline,
-    batches,
-    check_prompt,
-    fill,
-    find_device,
-    free_memory,
-)
+from pipelines.arguments import check_prompt
+from pipelines.conditions import ClassLabel, NoPrompt
+from pipelines.machine import find_device, free_memory
+from pipelines.text_to_image import Generated, TextToImagePipeline, batches, fill
 from rerank import ClipReranker
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, sample, unflatten_codes
 from tests.conftest import tiny_prior
@@ -230,6 +225,25 @@ def test_a_long_prompt_is_cut_and_the_warning_shows_what_was_left_out(
         assert len(tiny_pipeline(prompt, num_candidates=1).images) == 1
     with pytest.warns(InputWarning, match="the negative prompt is longer"):
         assert len(tiny_pipeline("a dog", num_candidates=1, negative_prompt=prompt).images) == 1
+
+
+@pytest.mark.parametrize("prompt", [NoPrompt(), ClassLabel(3)])
+def test_what_the_prior_does_not_draw_from_is_refused_and_not_cut(
+    tiny_pipeline: TextToImagePipeline, prompt: str
+) -> None:
+    with pytest.raises(InputError, match="this prior draws from text and was given"):
+        tiny_pipeline(prompt, num_candidates=1)
+
+
+def test_only_its_length_is_a_reason_to_cut_a_prompt(
+    tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(text: Sequence[str]) -> Tensor:
+        raise InputError("no letter of it is known")
+
+    monkeypatch.setattr(tiny_pipeline.prior, "text_prefix", refuse)
+    with pytest.raises(InputError, match="no letter of it is known"):
+        tiny_pipeline("a dog", num_candidates=1)
 
 
 def test_guidance_on_a_prior_trained_without_dropout_is_warned_of(tiny_pipeline: TextToImagePipeline) -> None:

@@ -182,10 +182,6 @@ class CPUEngine:
         )  # fmt: skip
         return logits
 
-    def row_bytes(self, positions: int) -> int:
-        """What one more sequence of so many own positions takes."""
-        return 2 * self.depth * positions * self.dim * self.cached.itemsize + 8 * 4 * self.codebook_size
-
     # Inside ----------------------------------------------------------------------------------------------------------
 
     @property

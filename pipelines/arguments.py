@@ -1,0 +1,87 @@
+"""What a call of the pipeline is given, checked before anything is drawn: prompts, seeds, counts."""
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common.errors import InputError
+
+MOST_CHARACTERS = 32_000  # of a prompt
+LARGEST_SEED = 2**53 - 1  # JSON and JavaScript read numbers up to here exactly
+
+
+def check_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """The prompt or prompts as a list. Raises InputError for the first that says nothing."""
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"a prompt must be text, got {type(prompt).__name__}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InputError("there are no prompts; give at least one")
+    for i in range(len(prompts)):
+        _named(prompts, i, check_prompt)
+    return prompts
+
+
+def check_prompt(prompt: str, name: str = "prompt") -> None:
+    """Raises InputError unless the prompt is text with words in it, of a reasonable length."""
+    if not isinstance(prompt, str):
+        raise InputError(f"a {name} must be text, got {type(prompt).__name__}")
+    if not prompt.strip():
+        raise InputError(f"the {name} is empty; say what the picture should show")
+    if len(prompt) > MOST_CHARACTERS:
+        raise InputError(f"the {name} has {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are read; shorten it")
+    for character in prompt:
+        # Control characters, and the surrogates that stand for bytes which are not UTF-8.
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
+            raise InputError(
+                f"the {name} looks like binary data, it has the character U+{ord(character):04X}; give text"
+            )
+    if not any(character.isalnum() for character in prompt):
+        raise InputError(f"the {name} '{prompt[:20]}' has no letter or digit; describe the picture in words")
+
+
+def check_seeds(num_candidates: int, seed: int, seeds: Sequence[int] | None) -> Sequence[int]:
+    """The seed of each candidate. Raises InputError for counts below 1 and seeds outside of 0 .. 2^53 - 1."""
+    if seeds is None:
+        count = whole_number("num_candidates", num_candidates)
+        last = whole_number("seed", seed, least=0) + count - 1
+        if last > LARGEST_SEED:
+            raise InputError(
+                f"the seeds of {count:,} candidates from {seed:,} on go beyond {LARGEST_SEED:,}; ask for less"
+            )
+        return range(seed, seed + count)
+    chosen = [whole_number("each of seeds", one, least=0) for one in seeds]
+    if not chosen or max(chosen) > LARGEST_SEED:
+        raise InputError(f"seeds must be at least one number of at most {LARGEST_SEED:,}")
+    return chosen
+
+
+def check_keep(num_images: int | None, num_candidates: int, finished: int | None = None) -> int:
+    """How many pictures of a prompt are returned; `finished` is what early pruning leaves of the candidates.
+
+    Raises InputError unless 1 <= num_images <= num_candidates, or finished.
+    """
+    there = num_candidates if finished is None else finished
+    keep = whole_number("num_images_per_prompt", min(4, there) if num_images is None else num_images)
+    if keep > num_candidates:
+        raise InputError(f"num_images_per_prompt must be at most num_candidates {num_candidates:,}, got {keep:,}")
+    if keep > there:
+        raise InputError(
+            f"the candidate_budget finishes {there:,} of {num_candidates:,} candidates, but num_images_per_prompt is "
+            f"{keep:,}; ask for fewer pictures, more candidates or a larger budget"
+        )
+    return keep
+
+
+def whole_number(name: str, value: int, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
+    return value
+
+
+def _named(prompts: Sequence[str], i: int, check: Callable[[str], Any]) -> Any:
+    """`check(prompts[i])`; where there are several prompts, its error says which it is about."""
+    try:
+        return check(prompts[i])
+    except InputError as error:
+        raise InputError(f"prompt {i + 1} of {len(prompts)}: {error}" if len(prompts) > 1 else str(error)) from None
