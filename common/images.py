@@ -1,6 +1,7 @@
 """Pictures between files, PIL and tensors. Everywhere in this project images are float RGB in [-1, 1], (B, 3, H, W)."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,35 @@ def read_map(path: str | Path, size: int, channels: int = 3) -> Tensor:
         return to_tensor(fit(open_image(path), size, Image.Resampling.NEAREST))
     labels = torch.from_numpy(_labels(path, size, channels))
     return torch.nn.functional.one_hot(labels, channels).permute(2, 0, 1).float()
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """The mask at `path` in gray: white is drawn anew, black stays. InputError if broken or partly transparent."""
+    image = open_image(path)
+    with Image.open(path) as opened:
+        if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3] != (255, 255):
+            raise InputError(
+                f"{path} has transparent parts, which may mean either; save the mask as white (drawn anew) and black "
+                "(stays) alone"
+            )
+    return image.convert("L")
+
+
+def white_cells(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a code grid (h, w) a mask's white (128 of 255 and more) touches, where `fit` lays it: (h, w) bool.
+
+    A cell is touched by a pixel of the mask that it shares an area with, however small.
+    """
+    white = torch.from_numpy(np.array(mask.convert("L"))) >= 128
+    side = min(mask.size)
+
+    def spans(size: int, count: int) -> list[slice]:
+        """The pixels of each of `count` cells, side by side in the middle `side` of `size` pixels."""
+        edges = [count * (size - side) + 2 * cell * side for cell in range(count + 1)]  # in 1 / (2 · count) pixels
+        return [slice(a // (2 * count), -(-b // (2 * count))) for a, b in pairwise(edges)]
+
+    rows, columns = (spans(*both) for both in zip(white.shape, grid, strict=True))
+    return torch.tensor([[bool(white[row, column].any()) for column in columns] for row in rows])
 
 
 def _labels(path: str | Path, size: int, count: int) -> np.ndarray:

@@ -169,6 +169,8 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance steers away from.")] = None,
     top_of: Annotated[Path | None, typer.Option(help="A picture whose top is kept and continued.")] = None,
     top_rows: Annotated[int | None, typer.Option(help="Rows of its codes to keep.  [default: half]")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture that is drawn anew where --mask is white.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White and black, of the size of --image.")] = None,
     candidate_budget: Annotated[
         float | None,
         typer.Option(help="Share of all candidates' codes to draw; the least promising are dropped.  [default: 1]"),
@@ -223,6 +225,8 @@ def generate(
         negative_prompt=negative_prompt,
         top_of=top_of,
         top_rows=top_rows,
+        image=image,
+        mask=mask,
         candidate_budget=candidate_budget,
         prune_by=prune_by.value,
         log_probs=log_probs,

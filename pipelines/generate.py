@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.config import Config, validate
 from common.errors import InputError
-from common.images import contact_sheet, open_image, read_origin, save_png
+from common.images import contact_sheet, open_image, open_mask, read_origin, save_png
 from pipelines.arguments import check_keep, check_prompts
 from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
 from pipelines.conditions import SegmentationMap
@@ -54,6 +54,7 @@ class Origin(Config):
     loras: tuple[OriginLora, ...] | None = None
     negative_prompt: str | None = None
     first_codes: tuple[int, ...] | None = None  # that were given, not drawn
+    known_codes: tuple[int, ...] | None = None  # of the picture whose gaps were filled, -1 in these
     score: float | None = None  # of this picture, None where nothing was reranked
     log_prob: float | None = None  # of this picture's codes given the prompt, None where it was not asked for
     seeds: tuple[int, ...] | None = None  # of a contact sheet: all its candidates, in its order
@@ -106,6 +107,8 @@ def generate(
     device: str | torch.device | None = None,
     top_of: str | Path | None = None,
     top_rows: int | None = None,
+    image: str | Path | None = None,
+    mask: str | Path | None = None,
     log_probs: bool = False,
     loras: Sequence[tuple[str | Path, float]] = (),
     **drawing: Any,
@@ -114,17 +117,24 @@ def generate(
 
     `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale and
     guidance_schedule, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a picture of
-    which the upper `top_rows` of codes (half) stay. `loras` are folders with their weights. All prompts use the same
-    seeds. `sheet` adds a contact sheet of all finished candidates with their scores. Everything is checked before the
-    first picture is drawn, and a file is written whole or not at all. Raises InputError.
+    which the upper `top_rows` of codes (half) stay; of the picture `image` all stays but what is white in `mask`.
+    `loras` are folders with their weights. All prompts use the same seeds. `sheet` adds a contact sheet of all finished
+    candidates with their scores. Everything is checked before the first picture is drawn, and a file is written whole
+    or not at all. Raises InputError.
     """
     start = time.perf_counter()
     prompts = check_prompts(prompts)
+    if (image is None) != (mask is None):
+        raise InputError("a picture is drawn anew where its mask is white; give --image and --mask together")
+    if image is not None and top_of is not None:
+        raise InputError("--image keeps what its mask leaves, and --top-of upper rows; give one of them")
     opened = None if top_of is None else open_image(top_of)
+    masked = None if image is None or mask is None else (open_image(image), open_mask(mask))
     pipeline = TextToImagePipeline.from_pretrained(model, device=device, rerank=rerank)
     for lora, weight in loras:
         pipeline.load_lora_weights(lora, weight)
     first_codes = None if opened is None else pipeline.codes_of_top(opened, top_rows)
+    known_codes = None if masked is None else pipeline.codes_outside(*masked)
     origin = Origin(
         prompt="",
         seed=seed,
@@ -135,6 +145,7 @@ def generate(
         loras=_origins(pipeline),
         negative_prompt=drawing.get("negative_prompt") or None,
         first_codes=None if first_codes is None else tuple(first_codes.tolist()),
+        known_codes=None if known_codes is None else tuple(known_codes.tolist()),
     )
     with _bar(len(prompts) * num_candidates) as bar:
         generated = pipeline.stream(
@@ -142,12 +153,12 @@ def generate(
             num_candidates=num_candidates,
             seed=seed,
             first_codes=first_codes,
+            known_codes=known_codes,
             log_probs=log_probs,
             progress=lambda done, total: bar.update(done * bar.total // total - bar.n),
             **drawing,
         )
-        given = 0 if first_codes is None else len(first_codes)
-        finished = pipeline.count_finished(num_candidates, drawing.get("candidate_budget"), given)
+        finished = pipeline.count_finished(num_candidates, drawing.get("candidate_budget"))
         keep = check_keep(num_images, num_candidates, finished)
         with _output_folder(Path(output)) as folder:
             begun = time.perf_counter()
@@ -207,6 +218,7 @@ def replay(
             sampling=origin.sampling,  # not the bundle's own, which may have changed since
             negative_prompt=origin.negative_prompt,
             first_codes=origin.first_codes,
+            known_codes=origin.known_codes,
         ).images[0]
         path = _free_path(folder, f"{slug(origin.prompt)}-seed{origin.seed}", origin)
         save_png(image, path, _content(origin))

@@ -17,20 +17,22 @@ from torch import Tensor
 
 from common.config import validate
 from common.errors import InputError, InputWarning
-from common.images import fit, to_pil, to_tensor
+from common.images import fit, to_pil, to_tensor, white_cells
 from pipelines.arguments import check_keep, check_prompt, check_prompts, check_seeds, whole_number
 from pipelines.bundle import load_bundle, save_bundle
 from pipelines.conditions import prompt_prefix
 from pipelines.machine import find_device, free_memory
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
-from stage2_prior import Sampling, flatten_codes, unflatten_codes
+from stage2_prior import Sampling, flatten_codes
 from stage2_prior.base import Prior, PromptTooLong
+from stage2_prior.infill import GapsPrior
 from stage2_prior.lora import Loras
 from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import check_first_codes, sample_scored
 
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
+MISSING = -1  # a code that is to be drawn, among those that are known
 SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
 
 CPU = torch.device("cpu")
@@ -56,7 +58,8 @@ class Generated(NamedTuple):
     """Prompt after prompt, best first; without a reranker in the order of the seeds.
 
     Log-probabilities are of the codes in the order in which they are drawn (row by row, the codebooks of a position
-    together), None unless they were asked for; their sum over T is the image's.
+    together), None unless they were asked for; their sum over T is the image's. Where known codes are given, T counts
+    the others alone.
     """
 
     images: list[Image.Image]
@@ -70,6 +73,7 @@ class Generated(NamedTuple):
 class Job(NamedTuple):
     """What all candidates of a call have in common."""
 
+    prior: Prior  # that draws: the pipeline's, or of its gaps where codes are known
     seeds: Sequence[int]  # of each prompt
     sampling: Sampling
     reranker: Reranker | None  # that orders
@@ -170,6 +174,7 @@ class TextToImagePipeline:
         guidance_schedule: str | None = None,
         negative_prompt: str | None = None,
         first_codes: Tensor | Sequence[int] | None = None,
+        known_codes: Tensor | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         rerank: bool = True,
         candidate_budget: float | None = None,
@@ -184,7 +189,8 @@ class TextToImagePipeline:
         Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. What of
         `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1 and min_p 0.
         `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
-        first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `candidate_budget` (below 1) is
+        first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `known_codes` (T,) are all codes
+        of every picture, -1 for those that are drawn, as `codes_outside` gives them. `candidate_budget` (below 1) is
         the share of the codes of all candidates that may be drawn: the least promising, by the prior's own likelihood
         or by the reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`. `log_probs` returns those of the
         codes. `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is
@@ -207,6 +213,7 @@ class TextToImagePipeline:
             guidance_schedule=guidance_schedule,
             negative_prompt=negative_prompt,
             first_codes=first_codes,
+            known_codes=known_codes,
             sampling=sampling,
             rerank=rerank,
             candidate_budget=candidate_budget,
@@ -217,7 +224,7 @@ class TextToImagePipeline:
         )
         count = 1 if isinstance(prompt, str) else len(prompt)
         candidates = num_candidates if seeds is None else len(seeds)
-        finished = self.count_finished(candidates, candidate_budget, 0 if first_codes is None else len(first_codes))
+        finished = self.count_finished(candidates, candidate_budget)
         keep = check_keep(num_images_per_prompt, candidates, finished)
         self._check_memory((count * keep + candidates) * self._picture_bytes(), candidates, count)
         drawn = list(streamed)
@@ -250,6 +257,7 @@ class TextToImagePipeline:
         guidance_schedule: str | None = None,
         negative_prompt: str | None = None,
         first_codes: Tensor | Sequence[int] | None = None,
+        known_codes: Tensor | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         rerank: bool = True,
         candidate_budget: float | None = None,
@@ -273,9 +281,15 @@ class TextToImagePipeline:
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
         )
-        given = self._first_codes(first_codes)
-        plan = self._plan(candidate_budget, prune_by, len(seeds), len(given), settings)
+        given = check_first_codes(self.prior, whole_numbers("first_codes", first_codes))
+        prior = self.prior
+        if known_codes is not None:
+            if len(given):
+                raise InputError("known_codes say of every code whether it is given; leave first_codes out")
+            prior = self._gaps(whole_numbers("known_codes", known_codes))
+        plan = self._plan(candidate_budget, prune_by, len(seeds), prior.length, len(given), settings)
         job = Job(
+            prior,
             seeds,
             settings,
             self.reranker if rerank else None,
@@ -289,11 +303,11 @@ class TextToImagePipeline:
         candidates = self._draw(prompts, self.prefixes(prompts), job, progress)
         return (_generated(sorted(own, key=_best_first), job) for own in candidates)
 
-    def count_finished(self, num_candidates: int, candidate_budget: float | None, given: int = 0) -> int:
-        """How many candidates of a prompt are finished; `given` is the number of first codes."""
+    def count_finished(self, num_candidates: int, candidate_budget: float | None) -> int:
+        """How many candidates of a prompt are finished."""
         if candidate_budget is None or candidate_budget == 1:
             return num_candidates
-        return plan_pruning(num_candidates, self.prior.length, candidate_budget, given).survivors
+        return plan_pruning(num_candidates, self.prior.length, candidate_budget).survivors
 
     def settings(self, sampling: Sampling | None = None, **changes: Any) -> Sampling:
         """`sampling` (the bundle's) with those `changes` that are not None. Raises InputError out of range."""
@@ -303,6 +317,14 @@ class TextToImagePipeline:
                 raise InputError(f"{name} must be a finite number, got {value}")
         given |= {name: None for name in ("top_k", "min_p") if given.get(name) == 0}
         return validate(Sampling, {**(sampling or self.sampling).model_dump(), **given}, where="sampling")
+
+    def infill(self, image: Image.Image, mask: Image.Image, prompt: str | Sequence[str], **drawing: Any) -> Generated:
+        """Draws the white parts of a picture's mask anew as the prompt says and keeps the codes of the others.
+
+        Also called inpainting. The mask is of the picture's size, see `codes_outside`; `drawing` is what a call takes.
+        Raises InputError as both do, and when the prior draws in one order only.
+        """
+        return self(prompt, known_codes=self.codes_outside(image, mask), **drawing)
 
     def prefixes(self, prompts: Sequence[str]) -> Tensor:
         """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out."""
@@ -320,9 +342,26 @@ class TextToImagePipeline:
         rows = height // 2 if rows is None else whole_number("top_rows", rows)
         if rows >= height:
             raise InputError(f"top_rows must be below {height}, the rows of codes in a picture, got {rows}")
-        pixels = to_tensor(fit(image.convert("RGB"), self.image_tokenizer.image_size))
-        codes = self.image_tokenizer.encode(pixels[None].to(self._device))  # (1, Q, h, w)
-        return flatten_codes(codes[:, :, :rows])[0]
+        return flatten_codes(self._encode(image)[:, :, :rows])[0]
+
+    def codes_outside(self, image: Image.Image, mask: Image.Image) -> Tensor:
+        """The codes (T,) of a picture, -1 in every cell of the code grid that its mask is white in, for `known_codes`.
+
+        Both are scaled and cut to the tokenizer's size; one white pixel (`white_cells`) is enough. Raises InputError
+        when their sizes differ or the mask is black.
+        """
+        if image.size != mask.size:
+            (width, height), (wide, high) = image.size, mask.size
+            raise InputError(
+                f"the picture has {width}x{height} pixels and its mask {wide}x{high}; a mask has one for each of them"
+            )
+        white = white_cells(mask, self.image_tokenizer.code_shape[1:])
+        if not white.any():
+            raise InputError(
+                "the mask is black all over the square that is drawn, so everything stays; paint white what is to be "
+                "drawn anew"
+            )
+        return flatten_codes(self._encode(image).masked_fill(white.to(self._device), MISSING))[0]
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -346,7 +385,7 @@ class TextToImagePipeline:
             for batch in batches:
                 if stream is not None:
                     stream.wait_stream(torch.cuda.current_stream(self._device))  # what is decoded must have been drawn
-                under_way = [decoder.submit(self._candidates, drawn, job.reranker, stream) for drawn in batch]
+                under_way = [decoder.submit(self._candidates, drawn, job, stream) for drawn in batch]
                 yield from (future.result() for future in before)
                 before = under_way
             yield from (future.result() for future in before)
@@ -355,7 +394,7 @@ class TextToImagePipeline:
         self, prompts: list[str], prefixes: Tensor, job: Job, progress: Progress | None
     ) -> Iterator[list[Drawn]]:
         """Batch after batch, what was drawn for each of its prompts."""
-        length, done = self.prior.length, 0
+        length, done = job.prior.length, 0
         candidates, there = len(job.seeds), len(job.first_codes)
         each = candidates * (length - there)
         if job.plan is not None:
@@ -372,27 +411,25 @@ class TextToImagePipeline:
         for first, last, seeds in batches(len(prompts), job.seeds, job.rows, whole=job.plan is not None):
             texts, prefix, every = prompts[first:last], prefixes[first:last], list(seeds) * (last - first)
             if job.plan is not None:
-                promise = None if job.judge is None else self._promise(texts, job.judge)
+                promise = None if job.judge is None else self._promise(texts, job.prior, job.judge)
                 chosen, sampled = sample_pruned(
-                    self.prior, prefix, every, job.plan, job.sampling, report, job.rows, promise=promise, **given
+                    job.prior, prefix, every, job.plan, job.sampling, report, job.rows, promise=promise, **given
                 )
                 own_seeds = [[seeds[i] for i in row] for row in chosen.tolist()]
             else:
-                sampled = sample_scored(self.prior, prefix, every, job.sampling, report, scored=job.scored, **given)
+                sampled = sample_scored(job.prior, prefix, every, job.sampling, report, scored=job.scored, **given)
                 own_seeds = [list(seeds)] * len(texts)
             parts = [part.view(len(texts), -1, length).unbind() for part in sampled]  # each (n, T), prompt by prompt
             yield [Drawn(*prompt) for prompt in zip(texts, own_seeds, *parts, strict=True)]
 
-    def _candidates(
-        self, drawn: Drawn, reranker: Reranker | None, stream: "torch.cuda.Stream | None"
-    ) -> list[Candidate]:
+    def _candidates(self, drawn: Drawn, job: Job, stream: "torch.cuda.Stream | None") -> list[Candidate]:
         """Decodes and scores what was drawn for a prompt, on a GPU on a stream of its own."""
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            codes = unflatten_codes(drawn.codes, self.image_tokenizer.code_shape)  # (n, Q, h, w)
+            codes = job.prior.grid(drawn.codes)  # (n, Q, h, w)
             images = self._decode(codes)  # (n, 3, H, W)
             scores = [None] * len(codes)
-            if reranker is not None:
-                scores = reranker.score(drawn.prompt, images, codes).tolist()
+            if job.reranker is not None:
+                scores = job.reranker.score(drawn.prompt, images, codes).tolist()
             parts = to_pil(images), scores, drawn.seeds, codes.cpu(), drawn.log_probs.cpu(), drawn.drawn_log_probs.cpu()
             return [Candidate(*one) for one in zip(*parts, strict=True)]
 
@@ -403,11 +440,16 @@ class TextToImagePipeline:
         together = 1 if codes.device.type == "cpu" else 16
         return torch.cat([self.image_tokenizer.decode(some) for some in codes.split(together)])
 
-    def _promise(self, prompts: Sequence[str], reranker: Reranker) -> Promise:
+    def _encode(self, image: Image.Image) -> Tensor:
+        """The codes (1, Q, h, w) of a picture, scaled and cut to the tokenizer's size."""
+        pixels = to_tensor(fit(image.convert("RGB"), self.image_tokenizer.image_size))
+        return self.image_tokenizer.encode(pixels[None].to(self._device))
+
+    def _promise(self, prompts: Sequence[str], prior: Prior, reranker: Reranker) -> Promise:
         """What early pruning compares candidates by: the score of the picture, the missing codes filled in."""
 
         def promise(number: int, codes: Tensor) -> Tensor:
-            filled = unflatten_codes(fill(codes, self.prior.code_shape), self.image_tokenizer.code_shape)
+            filled = prior.grid(fill(codes, prior.code_shape))
             return reranker.score(prompts[number], self._decode(filled), filled)
 
         return promise
@@ -453,17 +495,22 @@ class TextToImagePipeline:
             )
         return None
 
-    def _first_codes(self, codes: Tensor | Sequence[int] | None) -> Tensor:
-        """The given codes (n,) int64, none for None. Raises InputError for what are not codes of the prior."""
-        if codes is not None and not isinstance(codes, Tensor):
-            try:
-                codes = torch.tensor(list(codes))
-            except (TypeError, ValueError, RuntimeError):
-                raise InputError("first_codes must be whole numbers") from None
-            codes = codes if len(codes) else codes.long()  # an empty list makes floats
-        return check_first_codes(self.prior, codes)
+    def _gaps(self, codes: Tensor) -> GapsPrior:
+        """The prior of what is MISSING among these codes (T,). Raises InputError when they are not a picture's."""
+        if codes.shape != (self.prior.length,) or codes.dtype != torch.int64:
+            raise InputError(
+                f"known_codes must be {self.prior.length} whole numbers, {MISSING} for those to draw, got "
+                f"{tuple(codes.shape)} of {codes.dtype}"
+            )
+        grid = self.prior.grid(codes[None])[0]  # (Q, h, w)
+        missing = grid == MISSING
+        if (missing.any(0) != missing.all(0)).any():
+            raise InputError("known_codes must have all codebooks of a position or none of them")
+        return GapsPrior(self.prior, grid, ~missing[0])
 
-    def _plan(self, budget: float | None, by: str, candidates: int, given: int, sampling: Sampling) -> Plan | None:
+    def _plan(
+        self, budget: float | None, by: str, candidates: int, length: int, given: int, sampling: Sampling
+    ) -> Plan | None:
         """How candidates are pruned, None for not at all."""
         if by not in ("likelihood", "reranker"):
             raise InputError(f"prune_by must be 'likelihood' or 'reranker', got '{by}'")
@@ -475,7 +522,7 @@ class TextToImagePipeline:
             raise InputError("there is no reranker to prune by; load one, or prune_by the likelihood")
         if by == "likelihood" and not sampling.guided:
             raise InputError(NEEDS_GUIDANCE)
-        return plan_pruning(candidates, self.prior.length, budget, given)
+        return plan_pruning(candidates, length, budget, given)
 
     # Memory and devices ----------------------------------------------------------------------------------------------
 
@@ -525,6 +572,17 @@ def fill(codes: Tensor, code_shape: tuple[int, int, int]) -> Tensor:
         back = row if position >= row else min(codebooks, position)
         filled[:, position] = filled[:, position - back]
     return filled
+
+
+def whole_numbers(name: str, codes: Tensor | Sequence[int] | None) -> Tensor:
+    """Codes of a caller as a tensor, none for None. Raises InputError for what are no numbers."""
+    if isinstance(codes, Tensor):
+        return codes
+    try:
+        made = torch.tensor([] if codes is None else list(codes))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be whole numbers") from None
+    return made if len(made) else made.long()  # an empty list makes floats
 
 
 def batches(

@@ -168,6 +168,10 @@ class Prior(nn.Module, ABC):
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """The codes (N,) just drawn -> logits of the next ones (N, K); the cache grows by one position."""
 
+    def grid(self, sequence: Tensor) -> Tensor:
+        """What was drawn (N, T) -> the codes of whole pictures (N, Q, h, w)."""
+        return unflatten_codes(sequence, self.code_shape)
+
     @abstractmethod
     def cache_numbers(self) -> int:
         """How many numbers the cache of one whole sequence holds."""

@@ -16,9 +16,14 @@ from stage2_prior.base import Cache, Prior, flatten_codes, unflatten_codes
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTPrior
 
+ONLY_ROWS = (
+    "this prior draws row after row and sees nothing that comes later; to fill gaps train a GPT with "
+    "model.order=random, or keep a picture's upper rows alone (--top-of, first_codes)"
+)
+
 
 def infill(
-    prior: GPTPrior,
+    prior: Prior,
     prefix: Tensor,
     codes: Tensor,
     known: Tensor,
@@ -30,19 +35,20 @@ def infill(
 
     `codes` (Q, h, w) int64, of which those at positions that are not `known` (h, w) bool are not looked at; `prefix`,
     `seeds`, `sampling` and `progress` as of `sample`. Raises InputError when the codes are not the prior's, nothing is
-    missing, or the prior reads row after row and something known comes after something missing.
+    missing, the prior is no GPT, or it reads row after row and something known comes after something missing.
     """
-    gaps = Gaps(prior, codes, known)
-    drawn = sample(gaps, prefix, seeds, sampling, progress)
-    return unflatten_codes(gaps.whole(drawn), prior.code_shape)
+    gaps = GapsPrior(prior, codes, known)
+    return gaps.grid(sample(gaps, prefix, seeds, sampling, progress))
 
 
-class Gaps(Prior):
+class GapsPrior(Prior):
     """The distribution of a picture's missing codes, row after row, given its known ones: itself a prior."""
 
-    def __init__(self, prior: GPTPrior, codes: Tensor, known: Tensor) -> None:
+    def __init__(self, prior: Prior, codes: Tensor, known: Tensor) -> None:
         """`codes` and `known` as of `infill`, which says what is raised."""
         super().__init__()
+        if not isinstance(prior, GPTPrior):
+            raise InputError(ONLY_ROWS)
         _check(prior, codes, known)
         device = prior.text_embedding.weight.device
         self.prior, self.config, self.text_tokenizer = prior, prior.config, prior.text_tokenizer
@@ -84,6 +90,9 @@ class Gaps(Prior):
         positions[:, self.missing] = codes.view(len(codes), -1, self.num_codebooks)
         return positions.flatten(1)
 
+    def grid(self, sequence: Tensor) -> Tensor:
+        return unflatten_codes(self.whole(sequence), self.prior.code_shape)
+
     def _order(self, rows: int) -> Tensor | None:
         return self.order.expand(rows, -1) if self.prior.config.order == "random" else None
 
@@ -105,7 +114,4 @@ def _check(prior: GPTPrior, codes: Tensor, known: Tensor) -> None:
         raise InputError(f"codes must be in [0, {prior.codebook_size}), got {int(given.min())} to {int(given.max())}")
     first = int((~known).flatten().int().argmax())
     if prior.config.order == "raster" and bool(known.flatten()[first:].any()):
-        raise InputError(
-            "this prior reads row after row and sees nothing that comes later; train one with model.order=random to "
-            "fill gaps, or leave out all codes after the first missing one"
-        )
+        raise InputError(ONLY_ROWS)
