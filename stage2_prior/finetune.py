@@ -21,11 +21,18 @@ from common.errors import InputError
 from common.training import OptimizerConfig, Run, RunConfig
 from common.weights import new_folder
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
-from stage2_prior.conditions import batch_prefix
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
 from stage2_prior.sampling import Sampling
-from stage2_prior.train import Objective, Trainable, check_codes, find_image_tokenizer, sample_pictures
+from stage2_prior.train import (
+    Noise,
+    Objective,
+    Trainable,
+    check_codes,
+    find_image_tokenizer,
+    noisy_prefix,
+    sample_pictures,
+)
 from stage2_prior.transformer import GPTPrior
 
 
@@ -38,7 +45,7 @@ class LoraSettings(Config):
     b_rate: float = Field(1.0, gt=0)  # learning rate of B over that of A (LoRA+, Hayou et al. 2024: 16)
 
 
-class FinetuneRecipe(Config):
+class FinetuneRecipe(Noise):
     prior: Path  # the base: a prior's folder
     codes: Path  # of the new pictures, written by tessera encode
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
@@ -48,7 +55,6 @@ class FinetuneRecipe(Config):
     remember_share: float = Field(0.5, gt=0, lt=1)  # of every batch, where there is something to remember
     lora: LoraSettings = LoraSettings()
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss
-    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of captions left out, for guidance
     prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
     sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
@@ -107,7 +113,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     # The base never changes, so averages and checkpoints hold the adapter alone.
     adapter = nn.ParameterList(weight for weight in prior.parameters() if weight.requires_grad)
     average = run.averaged("average", adapter)
-    objective = run.prepare("prior", Objective(prior.train()))
+    objective = run.prepare("prior", Objective(prior.train(), recipe.pkeep))
     run.state["prior"] = adapter
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer, {"lora_B": recipe.lora.b_rate})
     says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
@@ -116,8 +122,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     folder = run.folder / "model"
 
     for batch in run.batches(_steps(recipe, codes, prior, rank, world)):
-        dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
-        prefix = torch.where(dropped[:, None], prior.null_prefix(1), batch_prefix(prior, batch))  # (B, P)
+        prefix = noisy_prefix(run, prior, batch, recipe)  # (B, P)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
         loss = (text_weight * text_loss + depth_losses.mean()) / (text_weight + 1)

@@ -16,7 +16,7 @@ from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
 from stage2_prior.bart import BartConfig, BartPrior, BartSize
 from stage2_prior.base import Condition, Predictions, Prior, unflatten_codes
-from stage2_prior.codes import Codes, CodesSteps
+from stage2_prior.codes import Codes, CodesBatch, CodesSteps
 from stage2_prior.conditions import batch_prefix, condition_of
 from stage2_prior.load import load_prior
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior, PixelCNNSize
@@ -38,7 +38,15 @@ AnySize = Annotated[
 Trainable = GPTPrior | BartPrior | PixelCNNPrior
 
 
-class PriorRecipe(Config):
+class Noise(Config):
+    """What training hides of what a prior reads; what it is to foretell stays."""
+
+    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
+    bpe_dropout: float = Field(0.0, ge=0, le=1)  # share of merges left out of captions; Provilkov et al. 2020: 0.1
+    pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
+
+
+class PriorRecipe(Noise):
     codes: Path  # written by tessera encode
     condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
     text_tokenizer: Path | None = None  # that a prior of text reads with
@@ -47,9 +55,6 @@ class PriorRecipe(Config):
     model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
-    condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
-    bpe_dropout: float = Field(0.0, ge=0, le=1)  # share of merges left out of captions; Provilkov et al. 2020: 0.1
-    pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
     # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
     order_annealing: tuple[float, float] = (1.0, 1.0)
     activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
@@ -106,6 +111,14 @@ class Objective(nn.Module):
         return self.prior.predict(prefix, codes)
 
 
+def noisy_prefix(run: Run, prior: Trainable, batch: CodesBatch, noise: Noise) -> Tensor:
+    """The prefixes of a step's pictures (B, P), of which the noise leaves some out and cuts captions anew."""
+    dropped = (torch.rand(len(batch.codes)) < noise.condition_dropout).to(run.device)
+    random = Random(f"{run.config.seed} {run.step} {run.accelerator.process_index}")
+    prefix = batch_prefix(prior, batch, noise.bpe_dropout, random)
+    return torch.where(dropped[:, None], prior.null_prefix(1), prefix)
+
+
 def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
     """Codes with all but the share `pkeep` replaced by random ones (taming-transformers' `pkeep`)."""
     kept = torch.rand(codes.shape, device=codes.device) < pkeep
@@ -155,10 +168,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         run.say(describe(truncation(text_tokenizer, captions, prior.prefix_length), prior.prefix_length))
 
     for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        dropped = (torch.rand(len(batch.codes)) < recipe.condition_dropout).to(run.device)
-        random = Random(f"{recipe.run.seed} {run.step} {rank}")
-        prefix = batch_prefix(prior, batch, recipe.bpe_dropout, random)  # (B, P)
-        prefix = torch.where(dropped[:, None], prior.null_prefix(1), prefix)
+        prefix = noisy_prefix(run, prior, batch, recipe)  # (B, P)
         order = None
         if isinstance(prior, GPTPrior) and prior.config.order == "random":
             share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import InputError
+from common.text import TextTokenizer
 from common.training import OptimizerConfig, Optimizers, Run
 from pipelines import cli
 from pipelines.generate import generate, replay
@@ -243,6 +244,37 @@ def test_batches_hold_new_and_known_pictures(recipe, monkeypatch):
     monkeypatch.setattr(Run, "batches", watched)
     finetune(recipe, ["run.steps=3", "remember_share=0.25"])
     assert all(sorted(captions) == ["a known thing"] + ["a new thing"] * 3 for captions in seen) and len(seen) == 3
+
+
+def test_noise_is_that_of_training_and_a_resumed_run_ends_the_same(recipe, tiny_parts, monkeypatch):
+    """Captions are cut anew from step to step and codes read with mistakes."""
+    cuts, encode = [], TextTokenizer.encode
+
+    def watched(self, text, *given):
+        cuts.append(tuple(encode(self, text, *given)))
+        return list(cuts[-1])
+
+    monkeypatch.setattr(TextTokenizer, "encode", watched)
+    noise = ["bpe_dropout=0.4", "pkeep=0.6", "run.steps=4", "run.checkpoint_every=2", "run.sample_every=4"]
+    noisy = (finetune(recipe, noise) / "adapter_model.safetensors").read_bytes()
+    during = cuts[:16]  # 4 steps of 4 captions; those of the sample pictures follow
+    assert len(set(during)) > 6 and len(set(cuts[16:])) == 1
+    run = Path(yaml.safe_load(recipe.read_text())["run"]["output"])
+    (run / "checkpoints" / "step-0000004.pt").unlink()
+    cuts.clear()
+    assert (finetune(recipe, noise) / "adapter_model.safetensors").read_bytes() == noisy
+    assert cuts[:8] == during[8:]
+
+    read, predict = [], GPTPrior.predict
+    monkeypatch.setattr(GPTPrior, "predict", lambda self, *given: read.append(given[1]) or predict(self, *given))
+    shown, batches = [], Run.batches
+    monkeypatch.setattr(Run, "batches", lambda self, steps: (shown.append(b.codes) or b for b in batches(self, steps)))
+    finetune(recipe, [*noise, f"run.output={run}-2"])
+    kept = [(a.flatten() == b.flatten()).float().mean() for a, b in zip(read, shown, strict=True)]
+    assert abs(sum(kept) / 4 - (0.6 + 0.4 / 32)) < 0.1  # of 4 · 4 · 16 codes; one in 32 is drawn as it was
+    for wrong in ("pkeep=0", "bpe_dropout=2"):
+        with pytest.raises(InputError, match=wrong.partition("=")[0]):
+            finetune(recipe, [wrong])
 
 
 def test_what_cannot_be_fine_tuned_is_a_sentence(recipe, tiny_parts, tmp_path, capsys):
