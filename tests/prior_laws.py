@@ -1,6 +1,10 @@
 """The laws that every prior keeps (DESIGN, section 3), for the tests of each."""
 
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior import Sampling, sample
@@ -17,6 +21,7 @@ def check_laws(prior: Prior, prefix: Tensor, guided: bool = True) -> None:
     torch.manual_seed(1)
     codes = torch.randint(0, prior.codebook_size, (len(prefix), prior.length))
     check_causality(prior, prefix, codes)
+    check_gradients(lambda read: prior(prefix, read), codes, (codes + 1) % prior.codebook_size)
     check_steps(prior, prefix, codes)
     for scale in (1.0, 2.5) if guided else (1.0,):
         sampling = Sampling(guidance_scale=scale, temperature=0.9, top_k=prior.codebook_size - 1)
@@ -38,6 +43,49 @@ def check_causality(prior: Prior, prefix: Tensor, codes: Tensor) -> None:
         moved = (prior(prefix, changed) - before).abs().amax(-1) > 0
         assert not moved[:, : j + 1].any()
         assert j == prior.length - 1 or moved[:, j + 1 :].all()
+
+
+@torch.enable_grad()
+def check_gradients(
+    forward: Callable[[Tensor], Tensor], codes: Tensor, others: Tensor, order: Sequence[int] | None = None
+) -> None:
+    """Codes reach the logits of those read after them and no others, by the gradient at their embeddings.
+
+    `forward` is codes (B, T) -> logits (B, T, K), of which those at t foretell code t; `others` differ from the codes
+    everywhere; `order` are the places in the order in which they are read. Unlike changing a code for another, a
+    gradient shows influence of any size in any direction.
+    """
+    ids, embedded, logits = _embedded(forward, codes)
+    owners = [torch.full(one.shape, -1) for one in ids]  # whose code an embedding is, -1 for none
+    for place in range(codes.shape[1]):
+        changed = codes.clone()
+        changed[:, place] = others[:, place]
+        for owner, before, after in zip(owners, ids, _embedded(forward, changed)[0], strict=True):
+            owner[before != after] = place
+    places = list(range(codes.shape[1]) if order is None else order)
+    assert set(places[:-1]) <= {place for owner in owners for place in owner.unique().tolist()}
+    for when, place in enumerate(places):
+        directions = torch.randn(logits[:, place].shape)
+        gradients = torch.autograd.grad(logits[:, place], embedded, directions, retain_graph=True, allow_unused=True)
+        reached = set[int]()
+        for owner, gradient in zip(owners, gradients, strict=True):
+            reached |= set() if gradient is None else set(owner[(gradient != 0).any(-1)].tolist())
+        assert reached - {-1} <= set(places[:when])
+        assert when == 0 or reached - {-1}
+
+
+def _embedded(forward: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The ids of all embeddings that the forward pass looks up, what it found, and the logits."""
+    ids, embedded, look_up = list[Tensor](), list[Tensor](), F.embedding
+
+    def watched(which: Tensor, *rest: object) -> Tensor:
+        ids.append(which)
+        embedded.append(look_up(which, *rest).detach().requires_grad_())
+        return embedded[-1]
+
+    with patch("torch.nn.functional.embedding", watched):
+        logits = forward(codes)
+    return ids, embedded, logits
 
 
 def check_steps(prior: Prior, prefix: Tensor, codes: Tensor) -> None:

@@ -10,6 +10,7 @@ from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 from stage2_prior.sampling.settings import guide
+from tests.prior_laws import check_gradients
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心"]
 KINDS = {
@@ -84,6 +85,11 @@ def test_a_code_changes_the_logits_after_it_and_no_others(prior):
         moved = (prior(prefix, changed) - before).abs().amax(-1)[0] > 0
         assert not moved[: j + 1].any()
         assert moved[j + 1 :].all()
+
+
+def test_by_gradient_logits_know_of_the_codes_before_them_alone(prior):
+    codes, prefix = random_codes(prior, 2), prefixes(prior)[:2]
+    check_gradients(lambda codes: prior(prefix, codes), codes, (codes + 1) % prior.codebook_size)
 
 
 def test_a_condition_changes_all_logits_and_its_null_is_another(prior):

@@ -11,6 +11,7 @@ from stage2_prior import GPTConfig, GPTPrior, Sampling, infill, sample
 from stage2_prior.infill import GapsPrior
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 from stage2_prior.train import random_order, raster_share
+from tests.prior_laws import check_gradients
 
 
 def tiny(order="random", code_shape=(2, 2, 3), seed=0, **options):
@@ -42,6 +43,13 @@ def test_logits_depend_on_what_is_read_before_alone(prior):
         changed[0, code] = (changed[0, code] + 1) % 9
         moved = (prior(prefix, changed, order) - before).abs().amax(-1)[0] > 1e-6
         assert not moved[sequence[: when + 1]].any() and moved[sequence[when + 1 :]].all()
+
+
+def test_by_gradient_logits_know_of_what_is_read_before_alone(prior):
+    prefix, codes = prior.pad([[4]]), torch.randint(0, 9, (1, prior.length))
+    order = torch.randperm(6).unsqueeze(0)
+    read = [2 * place + q for place in order[0].tolist() for q in range(2)]
+    check_gradients(lambda codes: prior(prefix, codes, order), codes, (codes + 1) % 9, read)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from stage2_prior.sampling.engine import engine_for
 from stage2_prior.sampling.sample import draw
 from stage2_prior.sampling.settings import filter_logits, guide
 from stage2_prior.train import Objective
+from tests.prior_laws import check_gradients
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心", "a small dog in the top left corner"]
 
@@ -61,6 +63,31 @@ def test_a_code_changes_only_the_logits_after_it(prior):
             assert moved[j + 1 :].all()
         else:
             assert moved[j + 1 : j + 2].all()
+
+
+def test_by_gradient_text_and_codes_know_of_nothing_after_them(prior):
+    """The whole sequence: texts of one length, so that none of the tokens is a padding, and the codes."""
+    room = prior.prefix_length
+    prefix, codes = prior.pad(torch.randint(3, 100, (2, room - 1)).tolist()), random_codes(prior, 2)
+    ids = torch.cat([prefix[:, 1:], codes], dim=1)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        predictions = prior.predict(torch.cat([prefix[:, :1], ids[:, : room - 1]], dim=1), ids[:, room - 1 :])
+        of_codes = F.pad(predictions.codes, (0, predictions.text.shape[-1] - prior.codebook_size))
+        return torch.cat([predictions.text, of_codes], dim=1)
+
+    others = torch.cat([prefix[:, 1:] + 1, (codes + 1) % prior.codebook_size], dim=1)
+    check_gradients(forward, ids, others)
+
+
+@pytest.mark.parametrize("sees", ["later", "itself", "nothing"])
+def test_the_gradient_tells_of_a_prior_that_is_not_causal(sees):
+    table = torch.nn.Embedding(5, 4)
+    seen = {"later": torch.ones(6, 6).triu(1), "itself": torch.ones(6, 6).tril(), "nothing": torch.zeros(6, 6)}[sees]
+    codes = torch.randint(0, 5, (1, 6))
+    with pytest.raises(AssertionError):
+        check_gradients(lambda codes: seen @ table(codes), codes, (codes + 1) % 5)
+    check_gradients(lambda codes: torch.ones(6, 6).tril(-1) @ table(codes), codes, (codes + 1) % 5)
 
 
 def test_stepwise_log_probabilities_sum_to_the_teacher_forced_ones(prior):
