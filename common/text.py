@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from common.bpe_dropout import DroppingBPE
 from common.errors import InputError
@@ -22,7 +22,11 @@ PAD, START, END = 0, 1, 2
 SPECIALS = ["<pad>", "<start>", "<end>"]
 FILE = "tokenizer.json"
 CLIP = "clip"  # the name of CLIP's own tokenizer
-MAX_TOKEN_BYTES = 16  # keeps Chinese, which has no spaces, from merging into whole clauses
+MAX_TOKEN_BYTES = 16  # keeps other scripts without spaces, kana and Thai, from merging into clauses
+# Nothing parts the words of Chinese, and merges learned across them make tokens of what stands side by side often. A
+# token of two characters would be a word or the end of one and the start of the next, by where a run is cut; so each
+# character is cut off alone (as for BERT, Devlin et al. 2019), the same wherever it stands, and the prior learns words.
+HAN = Regex(r"\p{Han}")
 
 
 class TextTokenizer:
@@ -40,7 +44,9 @@ class TextTokenizer:
         tokenizer = Tokenizer(models.BPE())
         # Always one space in front, so that a word is the same wherever it stands; `decode` takes it away again.
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(HAN, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

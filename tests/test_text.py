@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from common.errors import InputError
 from common.text import END, SPECIALS, TextTokenizer
+from pipelines.bundle import find_bundle
 
 CAPTIONS = [
     "a red heart above a blue circle",
@@ -58,15 +59,38 @@ def test_training_is_deterministic_and_saved_tokenizers_are_the_same(tmp_path):
     assert loaded.encode("a red cat 红") == TOKENIZER.encode("a red cat 红")
 
 
-def test_chinese_does_not_merge_into_clauses():
+def test_a_chinese_token_is_a_character():
     """Said often enough, a whole clause would become one token: no spaces part its words."""
     clause = "白色背景上的红色苹果在绿色圆圈的左边"
-    tokenizer = TextTokenizer.train([f"{clause}，{clause}。"] * 500, vocab_size=1000)
+    tokenizer = TextTokenizer.train([f"{clause}，{clause}。 a red 苹果, 𠮷"] * 500, vocab_size=1000)
     ids = tokenizer.encode(clause)
+    assert [tokenizer.decode([i]) for i in ids[1:]] == list(clause)  # behind the space in front
+    assert tokenizer.encode("红苹果")[1:] == [ids[clause.index(character) + 1] for character in "红苹果"]
     tokens = [tokenizer.decode([i]) for i in range(len(SPECIALS), tokenizer.vocab_size)]
-    assert len(ids) >= len(clause) / 5
-    assert max(len(token.encode()) for token in tokens if "�" not in token) <= 16  # five characters
-    assert not any(mark in token and len(token) > 1 for token in tokens for mark in "，。")
+    assert all(len(token) == 1 for token in tokens if any(character in token for character in f"{clause}𠮷，。"))
+    assert any(len(token) > 2 for token in tokens) and "𠮷" in tokens  # letters merge as ever; beyond 16 bits too
+
+
+@given(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_any_cut_of_chinese_is_between_characters(text):
+    """Also of characters that training never saw, whose tokens are bytes."""
+    whole, ids = unicodedata.normalize("NFC", text), TOKENIZER.encode(text)
+    assert ids == TOKENIZER.encode(" ")[:1] + [i for character in whole for i in TOKENIZER.encode(character)[1:]]
+
+
+def test_kana_does_not_merge_into_clauses():
+    clause = "ひだりうえのすみにあるちいさなねこ"
+    tokenizer = TextTokenizer.train([clause] * 500, vocab_size=1000)
+    assert len(tokenizer.encode(clause)) >= len(clause) / 5
+
+
+def test_tokenizers_trained_before_read_as_they_did():
+    """The shipped one has tokens of several characters, which its prior was trained with."""
+    shipped = TextTokenizer.from_pretrained(find_bundle("emoji") / "text_tokenizer")
+    assert shipped.encode("绿色背景上的老虎头") == [1061, 516, 1346, 1722, 239, 614]
+    config = json.loads((find_bundle("emoji") / "prior" / "config.json").read_text("utf-8"))
+    assert shipped.fingerprint == config["text_tokenizer_fingerprint"]
 
 
 # BPE dropout ----------------------------------------------------------------------------------------------------------
