@@ -64,7 +64,7 @@ def open_mask(path: str | Path) -> Image.Image:
     """The mask at `path` in gray: white is drawn anew, black stays. InputError if broken or partly transparent."""
     image = open_image(path)
     with Image.open(path) as opened:
-        if opened.has_transparency_data and opened.convert("RGBA").getextrema()[3] != (255, 255):
+        if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise InputError(
                 f"{path} has transparent parts, which may mean either; save the mask as white (drawn anew) and black "
                 "(stays) alone"

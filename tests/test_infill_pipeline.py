@@ -73,11 +73,11 @@ def test_a_cell_is_drawn_anew_when_white_overlaps_it(size: tuple[int, int], grid
     random = np.random.default_rng(sum(size) + grid[0])
     white = random.random(size[::-1]) < random.choice([0.01, 0.1])
     cells = white_cells(Image.fromarray(white.astype(np.uint8) * 255), grid)
-    side = Fraction(min(size))
+    side = min(size)
 
     def overlaps(pixel: int, cell: int, length: int, count: int) -> bool:
-        start, width = (length - side) / 2 + cell * side / count, side / count
-        return min(pixel + 1, start + width) > max(pixel, start)
+        start = Fraction(length - side, 2) + Fraction(cell * side, count)
+        return pixel < start + Fraction(side, count) and start < pixel + 1
 
     for row, column in np.ndindex(*grid):
         touched = [
@@ -166,14 +166,15 @@ def test_what_survives_pruning_is_what_is_drawn_without(
 def test_known_codes_that_are_none(pipeline: TextToImagePipeline) -> None:
     known = [0] * 15 + [-1]
     assert pipeline(PROMPT, known_codes=known, num_candidates=1).codes[0, 0].flatten().tolist()[:15] == known[:15]
-    for wrong, sentence in [
+    cases: list[tuple[list[Any], str]] = [
         (known[:-1], r"must be 16 whole numbers, -1 for those to draw, got \(15,\)"),
         ([0.5] * 16, "16 whole numbers"),
         (["a"], "known_codes must be whole numbers"),
         ([0] * 16, "nothing to draw"),
         ([32] * 15 + [-1], r"codes must be in \[0, 32\)"),
         ([-2] * 15 + [-1], r"codes must be in \[0, 32\)"),
-    ]:
+    ]
+    for wrong, sentence in cases:
         with pytest.raises(InputError, match=sentence):
             pipeline(PROMPT, known_codes=wrong)
     with pytest.raises(InputError, match="leave first_codes out"):
