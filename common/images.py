@@ -60,6 +60,25 @@ def read_map(path: str | Path, size: int, channels: int = 3) -> Tensor:
     return torch.nn.functional.one_hot(labels, channels).permute(2, 0, 1).float()
 
 
+def _labels(path: str | Path, size: int, count: int) -> np.ndarray:
+    """(size, size) int64 in [0, count)."""
+    try:
+        with Image.open(path) as opened:
+            if opened.mode not in ("L", "P", "I", "I;16"):
+                raise InputError(
+                    f"{path} is a picture of mode {opened.mode}; a segmentation map has one channel, whose values are "
+                    "the labels"
+                )
+            values = np.asarray(fit(opened, size, Image.Resampling.NEAREST)).astype(np.int64)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; give the file of a segmentation map") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not a readable picture ({' '.join(str(error).split())})") from None
+    if values.min() < 0 or values.max() >= count:
+        raise InputError(f"{path} has the label {values.max()}, and this tokenizer knows labels 0 to {count - 1}")
+    return values
+
+
 def open_mask(path: str | Path) -> Image.Image:
     """The mask at `path` in gray: white is drawn anew, black stays. InputError if broken or partly transparent."""
     image = open_image(path)
@@ -87,25 +106,6 @@ def white_cells(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
 
     rows, columns = (spans(*both) for both in zip(white.shape, grid, strict=True))
     return torch.tensor([[bool(white[row, column].any()) for column in columns] for row in rows])
-
-
-def _labels(path: str | Path, size: int, count: int) -> np.ndarray:
-    """(size, size) int64 in [0, count)."""
-    try:
-        with Image.open(path) as opened:
-            if opened.mode not in ("L", "P", "I", "I;16"):
-                raise InputError(
-                    f"{path} is a picture of mode {opened.mode}; a segmentation map has one channel, whose values are "
-                    "the labels"
-                )
-            values = np.asarray(fit(opened, size, Image.Resampling.NEAREST)).astype(np.int64)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the file of a segmentation map") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a readable picture ({' '.join(str(error).split())})") from None
-    if values.min() < 0 or values.max() >= count:
-        raise InputError(f"{path} has the label {values.max()}, and this tokenizer knows labels 0 to {count - 1}")
-    return values
 
 
 def to_tensor(image: Image.Image) -> Tensor:

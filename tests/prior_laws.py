@@ -1,6 +1,7 @@
 """The laws that every prior keeps (DESIGN, section 3), for the tests of each."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -78,7 +79,7 @@ def _embedded(forward: Callable[[Tensor], Tensor], codes: Tensor) -> tuple[list[
     """The ids of all embeddings that the forward pass looks up, what it found, and the logits."""
     ids, embedded, look_up = list[Tensor](), list[Tensor](), F.embedding
 
-    def watched(which: Tensor, *rest: object) -> Tensor:
+    def watched(which: Tensor, *rest: Any) -> Tensor:
         ids.append(which)
         embedded.append(look_up(which, *rest).detach().requires_grad_())
         return embedded[-1]
