@@ -1,15 +1,20 @@
-"""What imported GPTs are made of: pre-norm blocks with biases (GPT-2, Radford et al. 2019), and what they remember.
+"""What imported GPTs are made of: pre-norm blocks with biases (GPT-2, Radford et al. 2019), what they remember, and how
+a prior of them goes through one sequence of its condition and the codes.
 
-Letters: N sequences, S new positions, L positions so far, E width.
+Letters: B batch, N sequences, P positions of the condition, T codes per image, S new positions, L positions so far, K
+codebook size, E width.
 """
 
+from abc import abstractmethod
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from stage2_prior.base import Cache
+from stage2_prior.base import Cache, Prior, PriorConfig
 
 Activation = Literal["gelu", "gelu-tanh", "gelu-sigmoid"]  # exact, and two approximations that models were trained with
 
@@ -36,6 +41,77 @@ class KeyValues(Cache):
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class BlocksConfig(PriorConfig):
+    """The sizes that every prior of blocks has; each gives its own."""
+
+    dim: int  # E
+    depth: int
+    num_heads: int
+    mlp_dim: int
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "BlocksConfig":
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
+        if self.code_shape[0] != 1:
+            raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
+        return self
+
+
+class BlocksPrior(Prior):
+    """The condition, then the codes, in one sequence; its last position foretells the first code."""
+
+    config: BlocksConfig
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def _embed_prefix(self, prefix: Tensor) -> Tensor:
+        """(N, P) -> (N, P, E)."""
+
+    @abstractmethod
+    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+        """Codes (N, n) of the image positions from `first` on -> (N, n, E)."""
+
+    @abstractmethod
+    def _code_logits(self, x: Tensor) -> Tensor:
+        """What the last block gives (..., E) -> (..., K)."""
+
+    def _mask(self, layer: int, first: int, last: int) -> Tensor | None:
+        """What the positions from `first` to `last` see in a layer, (n, last) bool; None: all before and themselves."""
+        return None
+
+    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
+        return self._code_logits(self._trunk(prefix, codes)[:, self.prefix_length - 1 :])
+
+    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValues]:
+        config, x = self.config, self._embed_prefix(prefix)
+        width, positions = config.dim // config.num_heads, self.prefix_length + length
+        cache = KeyValues.empty(x, config.depth, len(prefix), config.num_heads, positions, width)
+        return self._advance(x, cache), cache
+
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        assert isinstance(cache, KeyValues)
+        return self._advance(self._embed_codes(codes.unsqueeze(1), cache.length - self.prefix_length), cache)
+
+    def cache_numbers(self) -> int:
+        return 2 * self.config.depth * (self.prefix_length + self.length) * self.config.dim
+
+    def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
+        """(B, P) and (B, T) -> (B, P + T - 1, E), what the last block gives."""
+        x = torch.cat([self._embed_prefix(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self._mask(layer, 0, x.shape[1]))
+        return x
+
+    def _advance(self, x: Tensor, cache: KeyValues) -> Tensor:
+        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
+        last = cache.length + x.shape[1]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, self._mask(layer, cache.length, last), cache, layer)
+        cache.length = last
+        return self._code_logits(x[:, -1])
 
 
 class Block(nn.Module):

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from common.text import SPECIALS, TextTokenizer
-from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
-from stage2_prior.blocks import Block, KeyValues
+from stage2_prior.base import Predictions, prompt_tokens
+from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
 
 
-class MinDALLEConfig(PriorConfig):
+class MinDALLEConfig(BlocksConfig):
     type: Literal["mindalle"] = "mindalle"
     text_vocab_size: int = Field(16384, ge=1)  # V
     text_length: int = Field(64, ge=1)  # P
@@ -32,16 +32,8 @@ class MinDALLEConfig(PriorConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "MinDALLEConfig":
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        if self.code_shape[0] != 1:
-            raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
-        return self
 
-
-class MinDALLEPrior(Prior):
+class MinDALLEPrior(BlocksPrior):
     config: MinDALLEConfig
     knows_no_condition = False
 
@@ -82,44 +74,15 @@ class MinDALLEPrior(Prior):
         rows = [ids + [self.config.text_padding] * (self.prefix_length - len(ids)) for ids in own]
         return torch.tensor(rows, device=self.text_position.weight.device).view(-1, self.prefix_length)
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        return self.code_head(self._trunk(prefix, codes)[:, self.prefix_length - 1 :])
-
     def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
         text, image = self._trunk(prefix, codes).split([self.prefix_length - 1, self.length], dim=1)
-        return Predictions(self.text_head(text), self.code_head(image))
+        return Predictions(self.text_head(self.norm(text)), self._code_logits(image))
 
-    def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        """(B, P) and (B, t) -> (B, P + t - 1, E): what each position knows about the next one."""
-        x = torch.cat([self._embed_text(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValues]:
-        config = self.config
-        like, width = self.text_embedding.weight, config.dim // config.num_heads
-        positions = self.prefix_length + length
-        cache = KeyValues.empty(like, config.depth, len(prefix), config.num_heads, positions, width)
-        return self._advance(self._embed_text(prefix), cache), cache
-
-    def step(self, codes: Tensor, cache: Cache) -> Tensor:
-        assert isinstance(cache, KeyValues)
-        return self._advance(self._embed_codes(codes.unsqueeze(1), cache.length - self.prefix_length), cache)
-
-    def _advance(self, x: Tensor, cache: KeyValues) -> Tensor:
-        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
-        for layer, block in enumerate(self.blocks):
-            x = block(x, None, cache, layer)
-        cache.length += x.shape[1]
-        return self.code_head(self.norm(x[:, -1]))
-
-    def cache_numbers(self) -> int:
-        return 2 * self.config.depth * (self.prefix_length + self.length) * self.config.dim
-
-    def _embed_text(self, prefix: Tensor) -> Tensor:
+    def _embed_prefix(self, prefix: Tensor) -> Tensor:
         return self.text_embedding(prefix) + self.text_position.weight
 
     def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
-        """Codes (B, n) of the positions from `first` on -> (B, n, E)."""
         return self.code_embedding(codes) + self.code_position.weight[first : first + codes.shape[1]]
+
+    def _code_logits(self, x: Tensor) -> Tensor:
+        return self.code_head(self.norm(x))

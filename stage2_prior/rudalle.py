@@ -19,14 +19,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.text import SPECIALS, TextTokenizer
-from stage2_prior.base import Cache, Predictions, Prior, PriorConfig, prompt_tokens
-from stage2_prior.blocks import Block, KeyValues
+from stage2_prior import patterns
+from stage2_prior.base import Predictions, prompt_tokens
+from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
 
 PADDING, START, END = 0, 2, 3  # of the text
 Pattern = Literal["row", "column", "square"]
 
 
-class RuDALLEConfig(PriorConfig):
+class RuDALLEConfig(BlocksConfig):
     type: Literal["rudalle"] = "rudalle"
     version: Literal["v2", "v3"] = "v3"
     text_vocab_size: int = Field(16512, ge=4)  # V, with a padding token for each position at its end
@@ -39,16 +40,14 @@ class RuDALLEConfig(PriorConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RuDALLEConfig":
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        if self.code_shape[0] != 1 or self.code_shape[1] != self.code_shape[2]:
-            raise ValueError(f"this prior draws a square of one codebook, got a code_shape of {self.code_shape}")
+        if self.code_shape[1] != self.code_shape[2]:
+            raise ValueError(f"this prior draws a square, got a code_shape of {self.code_shape}")
         if self.text_vocab_size < self.text_length + 4:
             raise ValueError(f"text_vocab_size must hold {self.text_length} paddings, got {self.text_vocab_size}")
         return self
 
 
-class RuDALLEPrior(Prior):
+class RuDALLEPrior(BlocksPrior):
     config: RuDALLEConfig
     knows_no_condition = False
 
@@ -96,59 +95,30 @@ class RuDALLEPrior(Prior):
             rows.append([START] * (self.prefix_length - length) + row)
         return torch.tensor(rows, device=self.text_position.weight.device).view(-1, self.prefix_length)
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        return self.code_head(self._trunk(prefix, codes)[:, self.prefix_length - 1 :])
-
     def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
         text, image = self._trunk(prefix, codes).split([self.prefix_length - 1, self.length], dim=1)
-        return Predictions(self.text_head(text), self.code_head(image))
+        return Predictions(self.text_head(self._normed(text)), self._code_logits(image))
 
-    def _trunk(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        """(B, P) and (B, T) -> (B, L - 1, E): what each position knows about the next one."""
-        x = torch.cat([self._embed_text(prefix), self._embed_codes(codes[:, :-1], 0)], dim=1)
-        for pattern, block in zip(self.patterns, self.blocks, strict=True):
-            x = block(x, self._mask(pattern)[: x.shape[1], : x.shape[1]])
-        return self.head_norm(self.norm(x))
-
-    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValues]:
-        config = self.config
-        like, width = self.text_embedding.weight, config.dim // config.num_heads
-        positions = self.prefix_length + length
-        cache = KeyValues.empty(like, config.depth, len(prefix), config.num_heads, positions, width)
-        return self._advance(self._embed_text(prefix), cache), cache
-
-    def step(self, codes: Tensor, cache: Cache) -> Tensor:
-        assert isinstance(cache, KeyValues)
-        return self._advance(self._embed_codes(codes.unsqueeze(1), cache.length - self.prefix_length), cache)
-
-    def _advance(self, x: Tensor, cache: KeyValues) -> Tensor:
-        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
-        end = cache.length + x.shape[1]
-        for layer, (pattern, block) in enumerate(zip(self.patterns, self.blocks, strict=True)):
-            x = block(x, self._mask(pattern)[cache.length : end, :end], cache, layer)
-        cache.length = end
-        return self.code_head(self.head_norm(self.norm(x[:, -1])))
-
-    def cache_numbers(self) -> int:
-        return 2 * self.config.depth * (self.prefix_length + self.length) * self.config.dim
-
-    def _embed_text(self, prefix: Tensor) -> Tensor:
+    def _embed_prefix(self, prefix: Tensor) -> Tensor:
         return self.text_embedding(prefix) + self.text_position.weight
 
     def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
-        """Codes (B, n) of the positions from `first` on -> (B, n, E)."""
         place, side = torch.arange(first, first + codes.shape[1], device=codes.device), self.code_shape[1]
         return self.code_embedding(codes) + self.row_position(place // side) + self.column_position(place % side)
 
-    def _mask(self, pattern: Pattern) -> Tensor:
-        """What each position sees, (L, L) bool, made once for a device."""
-        device = self.text_position.weight.device
+    def _code_logits(self, x: Tensor) -> Tensor:
+        return self.code_head(self._normed(x))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.head_norm(self.norm(x))
+
+    def _mask(self, layer: int, first: int, last: int) -> Tensor:
+        """Cut from what each position sees, (L, L), made once for a pattern and a device."""
+        pattern, device, config = self.patterns[layer], self.text_position.weight.device, self.config
         if (pattern, device) not in self._masks:
-            config = self.config
-            wraps = config.version == "v2"
-            mask = visible(pattern, config.text_length, self.code_shape[1], config.reach, wraps)
+            mask = visible(pattern, config.text_length, self.code_shape[1], config.reach, config.version == "v2")
             self._masks[pattern, device] = mask.to(device)
-        return self._masks[pattern, device]
+        return self._masks[pattern, device][first:last, :last]
 
 
 def pattern_of(layer: int, depth: int) -> Pattern:
@@ -160,21 +130,15 @@ def pattern_of(layer: int, depth: int) -> Pattern:
 def visible(pattern: Pattern, text: int, side: int, reach: int, wraps: bool) -> Tensor:
     """(L, L) bool, True where the query of a row sees the key of a column, for L = text + side².
 
-    A "row" is the last side + 1 positions rather than a row of the picture. A "square" that `wraps` goes on at the
-    opposite edges.
+    A "square" is `reach` rows and columns to each side; one that `wraps` goes on at the opposite edges.
     """
-    query, key = torch.meshgrid(*[torch.arange(text + side * side)] * 2, indexing="ij")
-    near: Tensor
-    match pattern:
-        case "row":
-            near = query - key <= side
-        case "column":
-            near = (query - key) % side == 0
-        case "square":
-            near = _close((query - text) // side, (key - text) // side, side, reach, wraps)
-            near = near & _close((query - text) % side, (key - text) % side, side, reach, wraps)
-            near = near | (query == key)
-    return (query >= key) & ((key < text) | near)
+    places = torch.arange(text + side * side)
+    if pattern != "square":
+        return patterns.visible(pattern, places, places, text, (side, side), kernel=1)
+    query, key = places.unsqueeze(1), places
+    near = _close((query - text) // side, (key - text) // side, side, reach, wraps)
+    near = near & _close((query - text) % side, (key - text) % side, side, reach, wraps)
+    return (query >= key) & ((key < text) | near | (query == key))
 
 
 def _close(first: Tensor, second: Tensor, side: int, reach: int, wraps: bool) -> Tensor:

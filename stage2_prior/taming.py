@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.text import TextTokenizer
-from stage2_prior.base import Cache, Prior, PriorConfig, class_labels, flatten_codes
-from stage2_prior.blocks import Block, KeyValues
+from stage2_prior.base import class_labels, flatten_codes
+from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
 
 
-class TamingConfig(PriorConfig):
+class TamingConfig(BlocksConfig):
     type: Literal["taming"] = "taming"
     num_classes: int | None = Field(None, ge=1)  # of a prior that draws from class labels
     segmentation_shape: tuple[int, int, int] | None = None  # Q, h, w of a map's codes, of a prior that draws from maps
@@ -38,10 +38,6 @@ class TamingConfig(PriorConfig):
     def _consistent(self) -> "TamingConfig":
         if (self.num_classes is None) == (self.segmentation_shape is None):
             raise ValueError("give num_classes or segmentation_shape")
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        if self.code_shape[0] != 1:
-            raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
         if max(self.codebook_size, self.num_classes or 0) > self.vocab_size:
             raise ValueError(
                 f"vocab_size must hold the {self.codebook_size} codes and the {self.num_classes or 0} classes, got "
@@ -63,7 +59,7 @@ class TamingConfig(PriorConfig):
         return 1 if self.segmentation_shape is None else math.prod(self.segmentation_shape)
 
 
-class TamingPrior(Prior):
+class TamingPrior(BlocksPrior):
     config: TamingConfig
     knows_no_condition = False
 
@@ -98,46 +94,21 @@ class TamingPrior(Prior):
     def null_prefix(self, rows: int) -> Tensor:
         return self.unconditional(torch.empty(rows, self.prefix_length))  # says that there is none
 
-    def forward(self, prefix: Tensor, codes: Tensor) -> Tensor:
-        x = self._embed(torch.cat([prefix, codes[:, :-1]], dim=1), 0)
-        mask = self._mask(x.shape[1])
-        for block in self.blocks:
-            x = block(x, mask)
-        return self._logits(x[:, self.prefix_length - 1 :])
+    def _embed_prefix(self, prefix: Tensor) -> Tensor:
+        return self.embedding(prefix) + self.position[: self.prefix_length]
 
-    def prefill(self, prefix: Tensor, length: int) -> tuple[Tensor, KeyValues]:
-        config, positions = self.config, self.prefix_length + length
-        width = config.dim // config.num_heads
-        cache = KeyValues.empty(self.position, config.depth, len(prefix), config.num_heads, positions, width)
-        return self._advance(self._embed(prefix, 0), self._mask(self.prefix_length), cache), cache
+    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+        first += self.prefix_length
+        return self.embedding(codes) + self.position[first : first + codes.shape[1]]
 
-    def step(self, codes: Tensor, cache: Cache) -> Tensor:
-        assert isinstance(cache, KeyValues)
-        return self._advance(self._embed(codes.unsqueeze(1), cache.length), None, cache)
-
-    def _advance(self, x: Tensor, mask: Tensor | None, cache: KeyValues) -> Tensor:
-        """New positions (N, S, E) -> logits of the code after the last one (N, K)."""
-        for layer, block in enumerate(self.blocks):
-            x = block(x, mask, cache, layer)
-        cache.length += x.shape[1]
-        return self._logits(x[:, -1])
-
-    def cache_numbers(self) -> int:
-        return 2 * self.config.depth * (self.prefix_length + self.length) * self.config.dim
-
-    def _embed(self, tokens: Tensor, first: int) -> Tensor:
-        """Tokens (N, S) of the positions from `first` on -> (N, S, E)."""
-        return self.embedding(tokens) + self.position[first : first + tokens.shape[1]]
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """(..., E) -> (..., K); tokens that are no codes of the image are left out."""
+    def _code_logits(self, x: Tensor) -> Tensor:
+        """Tokens that are no codes of the image are left out."""
         return self.head(self.norm(x))[..., : self.codebook_size]
 
-    def _mask(self, length: int) -> Tensor | None:
-        """(length, length), or None where it is the plain causal one."""
+    def _mask(self, layer: int, first: int, last: int) -> Tensor | None:
         ahead = self.config.looks_ahead
-        if ahead <= 1:
+        if ahead <= 1 or first > 0:
             return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=self.position.device).tril()
+        mask = torch.ones(last, last, dtype=torch.bool, device=self.position.device).tril()
         mask[:ahead, :ahead] = True
         return mask
