@@ -8,7 +8,6 @@ levels only where the config lists them (taming lists resolutions, which depend 
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
@@ -210,37 +209,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides, nearest neighbour and a convolution.
-
-    Of the 3 x 3 pixels that the convolution reads, some are copies of one another, which ones depends on whether the
-    pixel's row and column are even. Their weights are added up first, and each of the four kinds of pixels is a 2 x 2
-    convolution of the small picture: 4 products where there were 9, equal up to rounding (as in Shi et al. 2016, the
-    sub-pixel convolution). On a GPU, where this was not measured, the large convolution stays.
-    """
+    """Doubles the sides, nearest neighbour and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = WinogradConv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        batch, channels, height, width = x.shape
-        kernels = torch.cat([_merge(_merge(self.conv.weight, 2, row), 3, column) for row, column in KINDS])
-        assert self.conv.bias is not None
-        every = F.conv2d(x, kernels.contiguous(memory_format=torch.channels_last), self.conv.bias.repeat(4), padding=1)
-        parts = rearrange(every, "b (kind c) h w -> kind b h w c", kind=4)  # h and w are one more than those of x
-        doubled = x.new_empty(batch, height, 2, width, 2, channels, dtype=every.dtype)
-        for part, (row, column) in zip(parts, KINDS, strict=True):
-            # An even row reads the row above and its own, an odd one its own and the row below.
-            doubled[:, :, row, :, column] = part[:, row : row + height, column : column + width]
-        return rearrange(doubled, "b h y w x c -> b c (h y) (w x)")
-
-
-KINDS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of pixels of a doubled picture: row and column, even (0) or odd (1)
-
-
-def _merge(weight: Tensor, dim: int, odd: int) -> Tensor:
-    """A kernel's three rows (dim 2) or columns (dim 3) as two: of an even pixel the last two read the same."""
-    first, second, third = weight.split(1, dim)
-    return torch.cat([first + second, third] if odd else [first, second + third], dim)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

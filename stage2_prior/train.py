@@ -55,6 +55,7 @@ class PriorRecipe(Noise):
     model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
+    code_dropout: float = Field(0.0, ge=0, le=1)  # share of pictures read in part, at random; Bowman et al. 2016
     # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
     order_annealing: tuple[float, float] = (1.0, 1.0)
     activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
@@ -85,16 +86,21 @@ class Objective(nn.Module):
     """Prefixes and codes -> the mean loss of the text, 0 where it is only read, and of each codebook (Q,), in nats.
 
     One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
-    prior learns to go on from its own mistakes; what it is to foretell is always what stands there.
+    prior learns to go on from its own mistakes, and of the share `code_dropout` of the pictures some positions are not
+    read at all, so that it cannot do without the condition; what it is to foretell is always what stands there.
     """
 
-    def __init__(self, prior: Trainable, pkeep: float = 1.0) -> None:
+    def __init__(self, prior: Trainable, pkeep: float = 1.0, code_dropout: float = 0.0) -> None:
         super().__init__()
-        self.prior, self.pkeep = prior, pkeep
+        self.prior, self.pkeep, self.code_dropout = prior, pkeep, code_dropout
 
     def forward(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         read = corrupt(codes, self.pkeep, self.prior.codebook_size) if self.training and self.pkeep < 1 else codes
-        predictions = self._predict(prefix, read, order)
+        hidden = None
+        if self.training and self.code_dropout:
+            positions = self.prior.length // self.prior.num_codebooks
+            hidden = hide(len(codes), positions, self.code_dropout, codes.device)
+        predictions = self._predict(prefix, read, order, hidden)
         image = F.cross_entropy(predictions.codes.flatten(0, 1).float(), codes.flatten(), reduction="none")
         image = image.view(-1, self.prior.num_codebooks).mean(0)
         if predictions.text is None:
@@ -105,9 +111,9 @@ class Objective(nn.Module):
         text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         return text / said.sum().clamp_min(1), image
 
-    def _predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Predictions:
+    def _predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None, hidden: Tensor | None) -> Predictions:
         if isinstance(self.prior, GPTPrior):
-            return self.prior.predict(prefix, codes, order)
+            return self.prior.predict(prefix, codes, order, hidden)
         return self.prior.predict(prefix, codes)
 
 
@@ -123,6 +129,13 @@ def corrupt(codes: Tensor, pkeep: float, codebook_size: int) -> Tensor:
     """Codes with all but the share `pkeep` replaced by random ones (taming-transformers' `pkeep`)."""
     kept = torch.rand(codes.shape, device=codes.device) < pkeep
     return torch.where(kept, codes, torch.randint_like(codes, codebook_size))
+
+
+def hide(rows: int, positions: int, share: float, device: torch.device) -> Tensor:
+    """Which positions are not read, (rows, positions) bool: of this share of the rows some, from none to all with equal
+    chance (the word dropout of Bowman et al. 2016, section 3.1, its rate drawn for each row)."""
+    rate = torch.rand(rows, 1, device=device) * (torch.rand(rows, 1, device=device) < share)
+    return torch.rand(rows, positions, device=device) < rate
 
 
 def random_order(rows: int, positions: int, raster_share: float, device: torch.device) -> Tensor:
@@ -150,10 +163,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     torch.manual_seed(recipe.run.seed)
     prior = _prior(recipe, codes, text_tokenizer)
+    if recipe.code_dropout and not isinstance(prior, GPTPrior):
+        raise InputError(f"code_dropout is for a gpt, and the prior is a {prior.config.type}; leave it out")
 
     run = Run(recipe.run, recipe)
     average = run.averaged("average", prior)
-    objective = run.prepare("prior", Objective(prior, recipe.pkeep))
+    objective = run.prepare("prior", Objective(prior, recipe.pkeep, recipe.code_dropout))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
     depth_weights = depth_weights / depth_weights.sum()

@@ -101,17 +101,22 @@ class GPTPrior(ConditionedPrior):
         depend on the codes of positions before theirs in that order."""
         return self._code_logits(self._trunk(prefix, codes, order), codes, order)
 
-    def predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None = None) -> Predictions:
-        """Teacher-forced logits of text and codes alike: prefix (B, P), codes (B, T) int64."""
-        x, text = self._trunk(prefix, codes, order), None
+    def predict(
+        self, prefix: Tensor, codes: Tensor, order: Tensor | None = None, hidden: Tensor | None = None
+    ) -> Predictions:
+        """Teacher-forced logits of text and codes alike: prefix (B, P), codes (B, T) int64. Of image positions that are
+        `hidden` (B, S) bool, later ones learn nothing; a residual code still reads those that it refines."""
+        x, text = self._trunk(prefix, codes, order, hidden), None
         if self.condition == "text":
             text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
         return Predictions(text, self._code_logits(x, codes, order))
 
-    def _trunk(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Tensor:
+    def _trunk(self, prefix: Tensor, codes: Tensor, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
         """(B, P), (B, T) -> (B, P + S - 1, E): what each position knows about the next one."""
         order = self._order(len(prefix), order)
-        x = self._embed(prefix, self._ordered(codes, order)[:, :-1], order)
+        if hidden is not None:
+            hidden = (hidden if order is None else hidden.take_along_dim(order, 1))[:, :-1]
+        x = self._embed(prefix, self._ordered(codes, order)[:, :-1], order, hidden)
         views = self._views(0, x.shape[1], self._said(prefix), order)
         for block, view in zip(self.blocks, views, strict=True):
             if self.activation_checkpointing and self.training:
@@ -184,19 +189,21 @@ class GPTPrior(ConditionedPrior):
 
     # Embeddings ------------------------------------------------------------------------------------------------------
 
-    def _embed(self, prefix: Tensor, codes: Tensor, order: Tensor | None) -> Tensor:
+    def _embed(self, prefix: Tensor, codes: Tensor, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
         """Text (B, P) and the codes (B, n, Q) of the positions that are read first -> (B, P + n, E)."""
         text = self.text_embedding(prefix)
         if self.config.positions == "learned":
             text = text + self.text_position
         if order is not None:  # the last of the text foretells the first code
             text = torch.cat([text[:, :-1], text[:, -1:] + self._targets(order[:, :1])], dim=1)
-        return torch.cat([text, self._embed_codes(codes, 0, order)], dim=1)
+        return torch.cat([text, self._embed_codes(codes, 0, order, hidden)], dim=1)
 
-    def _embed_codes(self, codes: Tensor, first: int, order: Tensor | None) -> Tensor:
-        """The codes (B, n, Q) of the positions that are read from `first` on -> (B, n, E)."""
+    def _embed_codes(self, codes: Tensor, first: int, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        """The codes (B, n, Q) of the positions that are read from `first` on -> (B, n, E); the hidden ones as zeros."""
         table = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size  # each codebook its own rows
         x, last = self.code_embedding(codes + table).sum(2), first + codes.shape[1]
+        if hidden is not None:
+            x = x.masked_fill(hidden.unsqueeze(2), 0.0)
         if self.config.positions == "learned":
             positions = (self.row_position + self.column_position).flatten(0, 1)  # (S, E)
             x = x + (positions[first:last] if order is None else positions[order[:, first:last]])

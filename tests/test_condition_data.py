@@ -196,6 +196,8 @@ def test_codes_without_the_condition_and_models_without_it_are_refused(world, tm
         trained(world, tmp_path / "d", "gpt", "class", "model={type: bart}")
     with pytest.raises(InputError, match="prompts are texts, and the condition is class"):
         trained(world, tmp_path / "e", "gpt", "class", "prompts=[a cat]")
+    with pytest.raises(InputError, match="code_dropout is for a gpt, and the prior is a pixelcnn"):
+        trained(world, tmp_path / "f", "pixelcnn", "class", "code_dropout=0.5")
     with pytest.raises(InputError, match="have no labels"):
         evaluate(folder, bare / "codes")
     with pytest.raises(InputError, match="was trained with another condition"):

@@ -1,7 +1,11 @@
 """The codebook doctor: what it counts, when it acts, and that a collapsed codebook recovers."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -228,3 +232,45 @@ def test_killed_and_resumed_the_doctor_goes_on_where_it_was(world, tmp_path, mon
 def test_a_window_of_half_a_visit_is_refused(world):
     with pytest.raises(InputError, match="window must be a multiple of every, 10; got 25"):
         read_recipe(TokenizerRecipe, world / "tokenizer.yaml", ["doctor.window=25"])
+
+
+RANK = """
+import hashlib, json, sys
+from pathlib import Path
+import stage1_tokenizer.train as training
+made = []
+class Kept(training.Autoencoder):
+    def __init__(self, config):
+        super().__init__(config)
+        made.append(self)
+training.Autoencoder = Kept
+training.train(sys.argv[1], sys.argv[3:])
+sha = hashlib.sha256()
+for name, tensor in sorted(made[0].bottleneck.state_dict().items()):
+    sha.update(name.encode() + tensor.numpy().tobytes())
+revival = made[0].bottleneck.revival
+Path(sys.argv[2]).write_text(json.dumps([sha.hexdigest(), revival.patience, revival.unused_steps.tolist()]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["vq", "vq-ema"])
+def test_two_processes_keep_one_codebook_and_prescribe_alike(world, tmp_path, kind):
+    """Each sees its own pictures; codes are revived, and the doctor acts, from sums over both."""
+    overrides = ["run.steps=40", "run.sample_every=40", "doctor.patience=5", f"model.bottleneck.type={kind}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", RANK, str(world / "tokenizer.yaml"), str(tmp_path / f"{rank}.json")]
+        ranks.append(subprocess.Popen([*command, f"run.output={tmp_path}/run", *overrides], env=environment))
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    (first, patience, unused), second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert second == [first, patience, unused]
+    assert patience == 5 and max(unused) <= 5  # the recipe has no revival: the doctor prescribed it, to both
+    shards = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(shards[-1])["step"] == 40

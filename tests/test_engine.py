@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from common import native
 from common.errors import InputError
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling import cpu, kernels
@@ -19,7 +20,7 @@ from stage2_prior.sampling.gpu import GPUEngine
 def compiler():
     try:
         kernels.load()
-    except kernels.Unavailable as reason:
+    except native.Unavailable as reason:
         pytest.skip(str(reason))
 
 
@@ -201,13 +202,18 @@ def test_without_a_compiler_it_works_and_says_why(monkeypatch, tmp_path, capsys)
     prefix, _ = inputs(prior, 1)
     fast = sample(prior, prefix, range(3))
     for compiler, complaint in ((str(tmp_path / "none"), "could not be built"), ("false", "cannot build")):
-        kernels._load.cache_clear()
+        forget_the_library()
         monkeypatch.setattr(engines, "_made", type(engines._made)())
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("CXX", compiler)
         assert torch.equal(sample(prior, prefix, range(3)), fast)
         assert complaint in capsys.readouterr().err
-    kernels._load.cache_clear()
+    forget_the_library()
+
+
+def forget_the_library():
+    kernels.load.cache_clear()
+    native._library.cache_clear()
 
 
 def test_priors_are_let_go():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from common import native
 from common.errors import InputError
 from stage2_prior import Sampling, sample
 from stage2_prior.sampling import kernels
@@ -16,7 +17,7 @@ from tests.test_engine import Doubled, inputs, make_prior
 def compiler():
     try:
         kernels.load()
-    except kernels.Unavailable as reason:
+    except native.Unavailable as reason:
         pytest.skip(str(reason))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common import native
 from stage2_prior.sampling import kernels
 from stage2_prior.sampling.noise import _mix, draw_with, exponential, words_of
 
@@ -47,7 +48,7 @@ def test_a_row_depends_on_its_generator_alone():
 def test_kernels_draw_what_torch_draws():
     try:
         kernels.load()
-    except kernels.Unavailable as reason:
+    except native.Unavailable as reason:
         pytest.skip(str(reason))
     generators = [torch.Generator().manual_seed(seed) for seed in range(40)]
     for size in (2, 37, 1000):

@@ -18,7 +18,7 @@ from pipelines.info import describe
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage2_prior import GPTConfig, GPTPrior, load_prior, sample, unflatten_codes
 from stage2_prior.presets import parameters, preset
-from stage2_prior.train import Objective, PriorRecipe, corrupt
+from stage2_prior.train import Objective, PriorRecipe, corrupt, hide
 
 
 def tiny(**options):
@@ -55,6 +55,48 @@ def test_with_pkeep_what_is_read_is_corrupted_and_what_is_foretold_is_not():
     objective.eval()
     _, image = objective(prefix, codes)
     torch.testing.assert_close(image[0], F.cross_entropy(prior(prefix, codes)[0], codes[0]))
+
+
+def test_code_dropout_hides_every_share_alike_in_the_share_of_pictures_asked_for():
+    torch.manual_seed(0)
+    shares = hide(4000, 50, 0.25, torch.device("cpu")).float().mean(1)
+    assert abs(float((shares > 0).float().mean()) - 0.25 * 50 / 51) < 0.02  # of k in 50 hidden each k is as likely
+    assert abs(float(shares[shares > 0].mean()) - 0.5 * 51 / 50) < 0.03
+    assert abs(float(shares[shares > 0].std()) - (1 / 12) ** 0.5) < 0.02
+    assert not hide(100, 50, 0.0, torch.device("cpu")).any() and bool(
+        hide(100, 500, 1.0, torch.device("cpu")).sum() > 0
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "rotary-2d"}, {"order": "random"}, {"code_shape": (2, 3, 4)}])
+def test_of_hidden_positions_later_ones_learn_nothing(options):
+    prior = tiny(**options)
+    torch.manual_seed(3)
+    prefix, codes = prior.pad([[3, 4], [5]]), torch.randint(0, 16, (2, prior.length))
+    order = torch.stack([torch.randperm(12), torch.randperm(12)]) if options.get("order") else None
+    hidden = torch.rand(2, 12) < 0.5
+    other = torch.where(hidden.repeat_interleave(prior.num_codebooks, 1), (codes + 3) % 16, codes)
+    first = slice(0, None, prior.num_codebooks)  # a residual code reads the one before it
+    logits, changed = (prior.predict(prefix, read, order, hidden).codes[:, first] for read in (codes, other))
+    torch.testing.assert_close(logits, changed)
+    assert not torch.allclose(logits, prior.predict(prefix, codes, order).codes[:, first], atol=1e-3)
+    nothing = prior.predict(prefix, codes, order, torch.zeros_like(hidden)).codes
+    torch.testing.assert_close(nothing, prior(prefix, codes, order))
+
+
+def test_code_dropout_is_for_training_alone():
+    prior = tiny()
+    prefix, codes = prior.pad([[3, 4]]), torch.randint(0, 16, (1, 12))
+    objective = Objective(prior, code_dropout=1.0)
+    torch.manual_seed(5)
+    hidden = hide(1, 12, 1.0, codes.device)
+    torch.manual_seed(5)
+    _, image = objective(prefix, codes)
+    torch.testing.assert_close(
+        image[0], F.cross_entropy(prior.predict(prefix, codes, hidden=hidden).codes[0], codes[0])
+    )
+    objective.eval()
+    torch.testing.assert_close(objective(prefix, codes)[1][0], F.cross_entropy(prior(prefix, codes)[0], codes[0]))
 
 
 def gradients(prior, prefix, codes):

@@ -92,7 +92,7 @@ class CPUEngine:
     """`prefill` and `step` of a GPTPrior's contract; it holds its own copy of the weights, packed."""
 
     def __init__(self, prior: GPTPrior, precision: Precision) -> None:
-        """Raises kernels.Unavailable when there is no compiler, or it fails."""
+        """Raises native.Unavailable when there is no compiler, or it fails."""
         self.library, config = kernels.load(), prior.config
         self.precision, self.dim, self.num_heads, self.depth = precision, config.dim, config.num_heads, config.depth
         self.num_codebooks, self.codebook_size = prior.num_codebooks, prior.codebook_size

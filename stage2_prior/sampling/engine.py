@@ -14,11 +14,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from common import native
 from common.errors import InputError
 from stage2_prior.attention import Attention, RMSNorm
 from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
-from stage2_prior.sampling import kernels
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.kernels import KINDS, Precision
@@ -99,7 +99,7 @@ def _make(prior: Prior) -> tuple[CPUEngine | GPUEngine | None, str]:
     engine: CPUEngine | GPUEngine
     try:
         engine = CPUEngine(prior, precision) if weight.device.type == "cpu" else GPUEngine(prior)
-    except kernels.Unavailable as error:
+    except native.Unavailable as error:
         return None, str(error)
     wrong = _disagreement(prior, engine)
     if wrong > AGREEMENT[precision]:

@@ -1,45 +1,19 @@
-"""Builds `kernels.cpp` with the machine's own compiler, once, and calls it: steps of the GPT prior on a CPU.
-
-The library is made for this processor and kept in the user's cache folder ($XDG_CACHE_HOME/tessera, by default
-~/.cache/tessera) under a name that says of what source, compiler and processor. It needs nothing but a C++ compiler
-(g++ or clang++, or what $CXX names); without one `load()` raises Unavailable and the caller goes on without it.
-"""
+"""Calls `kernels.cpp`: steps of the GPT prior on a CPU, compiled for it by `common.native`."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = [
-    "-O2",
-    "-ftree-vectorize",
-    "-march=native",
-    "-std=c++17",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-LINK = ["-fopenmp", "-shared", "-fPIC"]
-PATIENCE = 180  # seconds for the compiler
+from common import native
 
+SOURCE = Path(__file__).with_name("kernels.cpp")
 Precision = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 STORED: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-class Unavailable(RuntimeError):
-    """The kernels cannot be built or loaded here. The message says why, in one clause."""
 
 
 class Matrix(ctypes.Structure):
@@ -69,23 +43,10 @@ class Segment(ctypes.Structure):
     ]
 
 
-def load() -> ctypes.CDLL:
-    """The library, built when this machine does not have it yet. Raises Unavailable, without trying again."""
-    library = _load()
-    if isinstance(library, str):
-        raise Unavailable(library)
-    return library
-
-
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except Unavailable as error:
-        return str(error)
-    except OSError as error:
-        return f"the compiled kernels do not load ({error})"
+def load() -> ctypes.CDLL:
+    """The library, built when this machine does not have it yet. Raises native.Unavailable."""
+    library = native.library(SOURCE, "sampling kernels")
     library.lanes.restype = library.panel_width.restype = ctypes.c_int64
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, list[Any]] = {
@@ -99,48 +60,6 @@ def _load() -> ctypes.CDLL | str:
         function = getattr(library, name)
         function.argtypes, function.restype = types, None
     return library
-
-
-def _built() -> Path:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise Unavailable("there is no C++ compiler on this machine")
-    key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), " ".join([compiler, *FLAGS, *LINK]).encode(), _processor().encode()):
-        key.update(part)
-    folder = cache_folder()
-    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
-    print("building the sampling kernels for this processor, once", file=sys.stderr)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = Path(place) / library.name
-            command = [*compiler.split(), *FLAGS, *LINK, "-o", str(made), str(SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-            if done.returncode:
-                reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
-                raise Unavailable(f"{compiler} cannot build the sampling kernels ({reason.strip()})")
-            made.replace(library)  # whole or not at all, also when two processes build at once
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"the sampling kernels could not be built in {folder} ({error})") from None
-    return library
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache folder can be shared by different machines."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return platform.machine() + line
-    except OSError:
-        pass
-    return platform.machine() + platform.processor() + platform.node()
 
 
 class Packed:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common import native
 from stage2_prior.sampling import kernels
 
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit numbers
@@ -30,7 +31,7 @@ def draw_with(logits: Tensor, words: Tensor) -> Tensor:
     if logits.device.type == "cpu":
         try:
             return kernels.draw(logits, words)
-        except kernels.Unavailable:
+        except native.Unavailable:
             pass
     return (logits - exponential(words.to(logits.device, non_blocking=True), logits.shape[-1]).log_()).argmax(-1)
 

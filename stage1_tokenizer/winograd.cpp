@@ -1,0 +1,95 @@
+// The sums of Winograd's F(4x4, 3x3) on a CPU, before and after the matrix products. See winograd.py.
+//
+// Letters: H W sides of the picture, C channels, n m blocks of 4 x 4 outputs a column and a row. Channels come last and
+// are worked on side by side, a vector at a time. The 36 numbers of a block lie `pitch` floats apart.
+#include <cstdint>
+
+#ifdef __AVX512F__
+constexpr int W = 16;  // lanes of a vector
+#else
+constexpr int W = 8;
+#endif
+typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+// The paper's B' along one side: six neighbours -> six numbers.
+template <class V>
+static inline void forth(const V* d, int step, V* out, int out_step) {
+    const V even = d[4 * step] - d[2 * step], odd = d[3 * step] - d[step];
+    const V wide_even = d[4 * step] - 4 * d[2 * step], wide_odd = d[3 * step] - 4 * d[step];
+    out[0] = 4 * (d[0] - d[2 * step]) + even;
+    out[out_step] = wide_even + wide_odd;
+    out[2 * out_step] = wide_even - wide_odd;
+    out[3 * out_step] = even + 2 * odd;
+    out[4 * out_step] = even - 2 * odd;
+    out[5 * out_step] = d[5 * step] - d[3 * step] - 4 * odd;
+}
+
+// The paper's A' along one side: six numbers -> four outputs.
+template <class V>
+static inline void back(const V* m, int step, V* out, int out_step) {
+    const V near = m[step] + m[2 * step], far = m[3 * step] + m[4 * step];
+    const V near_less = m[step] - m[2 * step], far_less = m[3 * step] - m[4 * step];
+    out[0] = near + far + m[0];
+    out[out_step] = near_less + 2 * far_less;
+    out[2 * out_step] = near + 4 * far;
+    out[3 * out_step] = near_less + 8 * far_less + m[5 * step];
+}
+
+template <class V>
+static inline void forth_block(const float* const at[36], int64_t c, float* out, int64_t pitch) {
+    V d[36], t[36];
+    for (int i = 0; i < 36; i++) d[i] = *(const V*)(at[i] + c);
+    for (int x = 0; x < 6; x++) forth(d + x, 6, t + x, 6);
+    for (int y = 0; y < 6; y++) forth(t + 6 * y, 1, d + 6 * y, 1);
+    for (int i = 0; i < 36; i++) *(V*)(out + i * pitch + c) = d[i];
+}
+
+template <class V>
+static inline void back_block(const float* m, int64_t pitch, const float* bias, int64_t c, float* out, int64_t row,
+                              int64_t column) {
+    V d[36], t[24], o[16];
+    for (int i = 0; i < 36; i++) d[i] = *(const V*)(m + i * pitch + c);
+    for (int x = 0; x < 6; x++) back(d + x, 6, t + x, 6);
+    for (int y = 0; y < 4; y++) back(t + 6 * y, 1, o + 4 * y, 1);
+    const V b = *(const V*)(bias + c);
+    for (int y = 0; y < 4; y++)
+        for (int x = 0; x < 4; x++) *(V*)(out + y * row + x * column + c) = o[4 * y + x] + b;
+}
+
+extern "C" {
+
+// `rows` rows of blocks from the row `first` on: picture (H, W, C) -> numbers (36, rows * m, C). Beyond the picture
+// there is the `border`, C zeros.
+void picture_to_numbers(const float* picture, int64_t height, int64_t width, int64_t channels, int64_t first,
+                        int64_t rows, const float* border, float* numbers, int64_t threads) {
+    const int64_t across = width / 4, pitch = rows * across * channels;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < rows * across; block++) {
+        const int64_t top = 4 * (first + block / across) - 1, left = 4 * (block % across) - 1;
+        const float* at[36];
+        for (int y = 0; y < 6; y++)
+            for (int x = 0; x < 6; x++) {
+                const bool inside = top + y >= 0 && top + y < height && left + x >= 0 && left + x < width;
+                at[6 * y + x] = inside ? picture + ((top + y) * width + left + x) * channels : border;
+            }
+        float* out = numbers + block * channels;
+        int64_t c = 0;
+        for (; c + W <= channels; c += W) forth_block<Vector>(at, c, out, pitch);
+        for (; c < channels; c++) forth_block<float>(at, c, out, pitch);
+    }
+}
+
+// numbers (36, rows * m, C) -> the same rows of blocks in the picture (H, W, C).
+void numbers_to_picture(const float* numbers, const float* bias, int64_t width, int64_t channels, int64_t first,
+                        int64_t rows, float* picture, int64_t threads) {
+    const int64_t across = width / 4, pitch = rows * across * channels;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < rows * across; block++) {
+        const float* m = numbers + block * channels;
+        float* out = picture + (4 * (first + block / across) * width + 4 * (block % across)) * channels;
+        int64_t c = 0;
+        for (; c + W <= channels; c += W) back_block<Vector>(m, pitch, bias, c, out, width * channels, channels);
+        for (; c < channels; c++) back_block<float>(m, pitch, bias, c, out, width * channels, channels);
+    }
+}
+}
