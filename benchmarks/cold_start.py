@@ -62,8 +62,9 @@ def run_command(candidates: int, report: Path) -> None:
     timed(text_to_image.TextToImagePipeline, "_decode", "decoding")
     timed(ClipReranker, "score", "ranking")
     timed(generate, "_write", "writing")
+    keep = str(min(4, candidates))
     with tempfile.TemporaryDirectory() as folder:
-        code = cli.main(["generate", "-n", "4", "--candidates", str(candidates), "-o", folder, "--", PROMPT])
+        code = cli.main(["generate", "-n", keep, "--candidates", str(candidates), "-o", folder, "--", PROMPT])
     report.write_text(json.dumps(parts))
     sys.exit(code)
 

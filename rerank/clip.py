@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from common.config import validate
 from common.errors import InputError, nearest
 from common.text import END, PAD, TextTokenizer
-from common.weights import fingerprint, hub_at_once, new_folder, write_json
+from common.weights import Unfilled, fingerprint, hub_at_once, new_folder, write_json
 from rerank import towers
 from rerank.preprocessing import Preprocessing
 from rerank.tokenizer import FileTokenizer, save_tokenizer, tokenizer_content, write_tokenizer
@@ -215,7 +215,8 @@ def _plain(folder: Path, weights: str) -> ClipReranker | None:
     preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
     if texts is None or preprocess_cfg is None:
         return None
-    model = towers.CLIP(config)
+    with Unfilled():
+        model = towers.CLIP(config)
     try:
         state = load_file(folder / weights)
         model.load_state_dict(state)

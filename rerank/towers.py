@@ -286,8 +286,8 @@ class Attention(nn.Module):
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int, causal: bool) -> Tensor:
     """(B, l, W) and twice (B, L, W) -> (B, l, W)."""
-    split = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys, values))  # (B, heads, L, ...)
-    return F.scaled_dot_product_attention(*split, is_causal=causal).transpose(1, 2).flatten(2)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys, values))  # (B, heads, L, .)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

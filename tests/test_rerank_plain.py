@@ -53,7 +53,7 @@ def random_model(config: dict[str, Any]) -> torch.nn.Module:
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**json.loads(json.dumps(config))).eval()
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.3)
     return model
