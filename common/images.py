@@ -126,7 +126,7 @@ def save_png(image: Image.Image, path: Path, origin: dict[str, Any] | None = Non
         info.add_itxt(METADATA_KEY, json.dumps(origin, ensure_ascii=False))
     part = path.with_name(f".{path.name}.part")
     try:
-        image.save(part, format="PNG", pnginfo=info)
+        image.save(part, format="PNG", pnginfo=info, compress_level=3)  # a third of the time of 6, a tenth larger
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -11,11 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 
@@ -57,6 +59,21 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         reason = " ".join(str(error).split())
         raise InputError(f"the weights in {folder} cannot be loaded: {reason[:300]}") from error
     model.eval()
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules built inside get no random start: the weights that are loaded next take less time than it would.
+
+    Torch's own ways to this go through its meta device, which imports the compiler's half of torch first.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = keywords or {}
+        if function in (Tensor.uniform_, Tensor.normal_) or getattr(function, "__module__", "") == nn.init.__name__:
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **keywords)
 
 
 def find_folder(name: str | Path) -> Path:

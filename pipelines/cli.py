@@ -4,13 +4,15 @@ Exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what was wrong an
 Nothing heavy is imported before a command runs, so `tessera --help` answers at once.
 """
 
+import gc
 import json
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
@@ -100,6 +102,21 @@ def _show_traceback() -> bool:
     return True
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around torch's first import. What that makes stays until the end, and looking for garbage among it, while it is
+    made and when the process ends, takes a third as long as making it; so the collector does not look."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 @app.callback(invoke_without_command=True)
 def _top(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show it and exit.")] = False
@@ -186,8 +203,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draw candidates for a prompt and write the best, with a contact sheet of all, as PNG files."""
-    from pipelines import generate as generating
-    from pipelines.conditions import ClassLabel, NoPrompt, SegmentationMap
+    with importing():
+        from pipelines import generate as generating
+        from pipelines.conditions import ClassLabel, NoPrompt, SegmentationMap
 
     if replay is not None:
         if prompts or prompts_file or classes or unconditional or len(segmentations or []) > 1:
@@ -245,7 +263,8 @@ def rerank(
     as_json: AsJson = False,
 ) -> None:
     """Order pictures by how well they fit a prompt, best first."""
-    from pipelines.rank import rank
+    with importing():
+        from pipelines.rank import rank
 
     start = time.perf_counter()
     ranked = rank(prompt, images, model, weights)

@@ -2,7 +2,8 @@
 
 Any model of open_clip, by name or from a folder in open_clip's own `local-dir` layout: `open_clip_config.json`,
 `open_clip_model.safetensors`, `tokenizer.json`, `tokenizer_config.json`. open_clip starts a model that it finds no
-weights for at random and logs a line; here that is an error. It is imported late, since that takes seconds.
+weights for at random and logs a line; here that is an error. Importing it takes seconds, so it is imported late, and
+not at all for a folder that holds nothing but what `towers.py`, `tokenizer.py` and `preprocessing.py` know.
 
 Letters: N pictures, H W pixels, S side of the model's input, M texts, C context length, E embedding width.
 """
@@ -18,15 +19,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, processors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.config import validate
 from common.errors import InputError, nearest
-from common.text import END, PAD, SPECIALS, TextTokenizer
-from common.weights import fingerprint, hub_at_once, new_folder, write_json
+from common.text import END, PAD, TextTokenizer
+from common.weights import Unfilled, fingerprint, hub_at_once, new_folder, write_json
+from rerank import towers
+from rerank.preprocessing import Preprocessing
+from rerank.tokenizer import FileTokenizer, save_tokenizer, tokenizer_content, write_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILE = "open_clip_model.safetensors"
@@ -39,11 +43,8 @@ class ClipReranker:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any]) -> None:
         """`config` is the content of `open_clip_config.json`: model_cfg and preprocess_cfg."""
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.preprocessing = PreprocessCfg(**config["preprocess_cfg"])
-        self.preprocess = image_transform_v2(self.preprocessing, is_train=False)  # PIL -> (3, S, S), open_clip's own
+        self.preprocessing = validate(Preprocessing, config["preprocess_cfg"], where="preprocess_cfg of the reranker")
 
     @classmethod
     def from_pretrained(
@@ -73,7 +74,7 @@ class ClipReranker:
         }
         config = copy.deepcopy(self.config)
         with new_folder(folder) as part:
-            if _save_tokenizer(self.tokenizer, part):
+            if save_tokenizer(self.tokenizer, part):
                 config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"  # "read it from this folder"
             write_json(part / CONFIG_FILE, config)
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHT_FILE)
@@ -123,14 +124,8 @@ class ClipReranker:
         return tokens
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 3, S, S), the model's input: what `preprocess` does to PIL pictures."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(f"images must be (N, 3, H, W) in [-1, 1], got {tuple(images.shape)}")
-        mean, std = (
-            torch.tensor(values, device=images.device).expand(3).view(3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        return (self._resize((images.float() + 1) / 2) - mean) / std
+        """(N, 3, H, W) in [-1, 1] -> (N, 3, S, S), the model's input."""
+        return self.preprocessing.of_tensor(images)
 
     @property
     def fingerprint(self) -> str:
@@ -138,7 +133,7 @@ class ClipReranker:
         state = [part for name, tensor in sorted(self.model.state_dict().items()) for part in (name, tensor)]
         config = copy.deepcopy(self.config)
         config["model_cfg"]["text_cfg"].pop("hf_tokenizer_name", None)  # where it was read from, not what it does
-        return fingerprint(*state, _tokenizer_content(self.tokenizer), json.dumps(config, sort_keys=True))
+        return fingerprint(*state, tokenizer_content(self.tokenizer), json.dumps(config, sort_keys=True))
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -150,26 +145,8 @@ class ClipReranker:
         if isinstance(images, Tensor):
             pixels = self.normalize(images.to(self._weight.device))
         else:
-            pixels = torch.stack([self.preprocess(image) for image in images])
+            pixels = torch.stack([self.preprocessing.of_picture(image) for image in images])
         return pixels.to(self._weight)
-
-    def _resize(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] -> (N, 3, S, S) in [0, 1], in the mode the model was trained with."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.functional import center_crop, resize
-
-        side = self.preprocessing.size
-        target = (side, side) if isinstance(side, int) else tuple(side)
-        size = _scaled(pixels.shape[2:], target, self.preprocessing.resize_mode)
-        kind = InterpolationMode("bilinear" if self.preprocessing.interpolation == "bilinear" else "bicubic")
-        # Width, then height, clipping what bicubic overshoots after each, as PIL does (which starts with the height
-        # where that is squashed far more than the width).
-        for step in ([pixels.shape[2], size[1]], size):
-            if step != list(pixels.shape[2:]):
-                pixels = resize(pixels, step, kind, antialias=True).clamp(0, 1)
-        if self.preprocessing.resize_mode == "longest":
-            pixels = _pad(pixels, target, self.preprocessing.fill_color / 255)
-        return center_crop(pixels, list(target))
 
 
 def new_clip(model_config: Mapping[str, Any], text_tokenizer: TextTokenizer) -> ClipReranker:
@@ -196,7 +173,7 @@ def new_clip(model_config: Mapping[str, Any], text_tokenizer: TextTokenizer) -> 
         write_json(
             Path(folder) / CONFIG_FILE, {"model_cfg": model_cfg, "preprocess_cfg": {"mean": halves, "std": halves}}
         )
-        _write_tokenizer(_with_end(text_tokenizer), Path(folder))
+        write_tokenizer(text_tokenizer, Path(folder))
         reranker = _load(
             f"local-dir:{folder}", "the model config of the recipe", load_weights=False, pretrained_text=False
         )
@@ -220,9 +197,44 @@ def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
     found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not found:
         raise InputError(f"{folder} has no {WEIGHT_FILE}; restore the file or write the folder again")
+    plain = _plain(folder, found[0])
+    if plain is not None:
+        return plain
     reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
     _fill(reranker.model, folder / found[0])
     return reranker
+
+
+def _plain(folder: Path, weights: str) -> ClipReranker | None:
+    """The reranker without open_clip, None unless all of the folder is known: what is wrong, open_clip is to say."""
+    content = _read_config(folder / CONFIG_FILE)
+    config = towers.known(content["model_cfg"])
+    if config is None or not config.text_cfg.hf_tokenizer_name or not weights.endswith(".safetensors"):
+        return None
+    texts = FileTokenizer.from_folder(folder, config.text_cfg.context_length)
+    preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
+    if texts is None or preprocess_cfg is None:
+        return None
+    with Unfilled():
+        model = towers.CLIP(config)
+    try:
+        state = load_file(folder / weights)
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError):  # cut off, or other names or shapes
+        return None
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        return None
+    return ClipReranker(model.eval(), texts, {"model_cfg": content["model_cfg"], "preprocess_cfg": preprocess_cfg})
+
+
+def _preprocess_cfg(given: Any, vision: towers.ViTConfig | towers.ResNetConfig) -> dict[str, Any] | None:
+    """What open_clip makes of a `preprocess_cfg`: its defaults, what of them is given, the size of the model."""
+    defaults = Preprocessing().model_dump()
+    if not isinstance(given, dict | None):
+        return None
+    own = {name: value for name, value in (given or {}).items() if name in defaults and value is not None}
+    side = vision.image_size
+    return {**defaults, **own, "size": side if isinstance(vision, towers.ResNetConfig) else (side, side)}
 
 
 def _from_name(name: str, weights: str | None) -> ClipReranker:
@@ -350,81 +362,3 @@ def _quiet_about_random_weights() -> Iterator[None]:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
-
-
-# Tokenizers -----------------------------------------------------------------------------------------------------------
-
-
-def _with_end(text_tokenizer: TextTokenizer) -> str:
-    """The content of a `tokenizer.json` that appends the end token by itself, which is where CLIP pools."""
-    tokenizer = Tokenizer.from_str(text_tokenizer.to_json())
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {SPECIALS[END]}", special_tokens=[(SPECIALS[END], END)]
-    )
-    text: str = tokenizer.to_str()
-    return text
-
-
-def _write_tokenizer(content: str, folder: Path) -> None:
-    pad, start, end = SPECIALS
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
-        "bos_token": start,
-        "eos_token": end,
-        "split_special_tokens": True,  # an <end> written in a prompt is text
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", config)
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> bool:
-    """Writes the tokenizer's files; False when open_clip's own CLIP tokenizer is used, which needs none."""
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-
-    if isinstance(tokenizer, SimpleTokenizer):
-        return False
-    if not isinstance(tokenizer, HFTokenizer):
-        raise InputError(f"a {type(tokenizer).__name__} cannot be saved beside its model; use the model by its name")
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for where in ("name_or_path", "is_local", "local_files_only"):  # the place that it came from
-        config.pop(where, None)
-    write_json(path, config)
-    if (folder / "tokenizer.json").is_file():
-        (folder / "tokenizer.json").write_text(_tokenizer_content(tokenizer), encoding="utf-8")
-    return True
-
-
-def _tokenizer_content(tokenizer: Any) -> str:
-    """All that decides its tokens, as text. Padding and truncation are set anew by each call, so they are left out."""
-    backend = getattr(getattr(tokenizer, "tokenizer", None), "backend_tokenizer", None)
-    if backend is None:
-        return f"{type(tokenizer).__name__} {tokenizer.context_length}"
-    content = json.loads(backend.to_str())
-    return json.dumps(content | {"padding": None, "truncation": None}, ensure_ascii=False)
-
-
-# Sizes ----------------------------------------------------------------------------------------------------------------
-
-
-def _scaled(size: Sequence[int], target: tuple[int, ...], mode: str) -> list[int]:
-    """The (height, width) that open_clip's transforms scale a picture of `size` to before they crop."""
-    if mode == "squash":
-        return list(target)
-    ratios = [side / wanted for side, wanted in zip(size, target, strict=True)]
-    if mode == "longest":
-        return [round(side / max(ratios)) for side in size]
-    if target[0] == target[1]:  # torchvision's Resize, which cuts off where the others round
-        short = min(size)
-        return [target[0] if side == short else int(target[0] * side / short) for side in size]
-    return [round(side / min(ratios)) for side in size]
-
-
-def _pad(pixels: Tensor, target: tuple[int, ...], fill: float) -> Tensor:
-    """Adds `fill` around (N, 3, H, W) up to `target`; the odd pixel goes right and below."""
-    missing = [max(0, wanted - side) for side, wanted in zip(pixels.shape[2:], target, strict=True)]
-    top, left = (side // 2 for side in missing)
-    return F.pad(pixels, [left, missing[1] - left, top, missing[0] - top], value=fill)

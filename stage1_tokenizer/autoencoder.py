@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.config import Config, Origin, read_config
 from common.errors import InputError
-from common.weights import find_folder, fingerprint, load_weights, save_pretrained
+from common.weights import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Bottlenecked, HierarchyConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.convolutions import Decoder, Encoder, NoEncoder, TrunkConfig
 from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
@@ -88,7 +88,8 @@ class Autoencoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Autoencoder":
         """The tokenizer in a folder written by `save_pretrained`, or of that name on the hub, in eval mode."""
         folder = find_folder(folder)
-        model = cls(read_config(AutoencoderConfig, folder))
+        with Unfilled():
+            model = cls(read_config(AutoencoderConfig, folder))
         load_weights(model, folder)
         return model
 

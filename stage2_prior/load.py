@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from common.config import read_config
 from common.errors import InputError, nearest
 from common.text import FILE, TextTokenizer
-from common.weights import find_folder, load_weights
+from common.weights import Unfilled, find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
 
 KINDS = ("gpt", "bart", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
@@ -39,7 +39,8 @@ def load_prior(folder: str | Path, text_tokenizer: TextTokenizer | None = None) 
             f"the prior in {folder} was trained with text tokenizer {config.text_tokenizer_fingerprint}, got "
             f"{text_tokenizer.fingerprint}; put the tokenizer.json it was trained with beside it"
         )
-    prior = model(config, text_tokenizer)
+    with Unfilled():
+        prior = model(config, text_tokenizer)
     load_weights(prior, folder)
     return prior
 

@@ -101,3 +101,17 @@ def test_drawing_and_ranking_need_no_extra() -> None:
     wanted = "import open_clip, pipelines.generate, pipelines.rank, pipelines.info, pipelines.check"
     done = subprocess.run([sys.executable, "-c", blocked + wanted], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_drawing_with_the_shipped_bundle_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Seconds of a cold start would go to these, all of which are installed and none of which draws."""
+    code = (
+        "import sys; from pipelines.cli import main; "
+        f"assert main(['generate', 'a dog', '-n', '1', '--candidates', '2', '-o', {str(tmp_path)!r}]) == 0; "
+        "heavy = {'open_clip', 'torchvision', 'timm', 'transformers', 'accelerate', 'peft', 'ftfy', 'sympy', "
+        "'torch._dynamo', 'torch._inductor', 'tensorboard', 'rich', 'scipy', 'sklearn', 'pandas', 'matplotlib'}; "
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, f"tessera generate imports {done.stderr}"
+    assert ".png" in done.stdout and "0." in done.stdout  # it was scored

@@ -119,7 +119,7 @@ def test_tensors_are_preprocessed_as_pictures_are(tiny_clip: ClipReranker, mode:
     preprocessing = tiny_clip.config["preprocess_cfg"] | {"resize_mode": mode, "interpolation": interpolation}
     clip = ClipReranker(tiny_clip.model, tiny_clip.tokenizer, tiny_clip.config | {"preprocess_cfg": preprocessing})
     for picture in pictures()[:10]:
-        expected = clip.preprocess(picture)
+        expected = clip.preprocessing.of_picture(picture)
         levels = (clip.normalize(to_tensor(picture)[None])[0] - expected).abs() * 127.5  # of 8 bits, as std is 0.5
         # PIL rounds to 8 bits after each of its two passes, and starts with the height where that is squashed most.
         squashed = mode == "squash" and picture.height > 2 * picture.width

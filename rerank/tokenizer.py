@@ -1,0 +1,140 @@
+"""Texts as a CLIP reads them: a `tokenizer.json` beside the model, used as open_clip's `HFTokenizer` does.
+
+That one goes through transformers; the files that `tessera train reranker` writes, and whatever else says nothing that
+is not known here, are read by the tokenizers library alone, which takes a hundredth of the time to import.
+
+Letters: M texts, C context length.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+
+from common.config import Config
+from common.errors import InputError
+from common.text import END, SPECIALS, TextTokenizer
+from common.weights import write_json
+
+FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # older files of transformers, which it reads as well
+MOST_WORDS = 100_000  # above, transformers may change how texts are split
+
+
+class TokenizerConfig(Config):
+    """As much of transformers' `tokenizer_config.json` as is known here."""
+
+    tokenizer_class: Literal["PreTrainedTokenizerFast", "TokenizersBackend"]
+    backend: Literal["tokenizers"] = "tokenizers"
+    bos_token: str
+    eos_token: str
+    pad_token: str
+    split_special_tokens: bool = False  # whether an <end> written in a prompt is text
+    clean_up_tokenization_spaces: bool = False  # of decoding
+    model_max_length: float = 0  # the model's own context length counts
+
+
+class FileTokenizer:
+    """Texts -> (M, C) int64, cut or padded; the tokens that the file puts at the ends stay when a text is cut."""
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], context_length: int) -> None:
+        """`config` is the content of `tokenizer_config.json`."""
+        self.tokenizer, self.config, self.context_length = tokenizer, config, context_length
+        known = TokenizerConfig.model_validate(config)
+        tokenizer.encode_special_tokens = known.split_special_tokens
+        tokenizer.enable_truncation(context_length)
+        tokenizer.enable_padding(
+            length=context_length, pad_id=tokenizer.token_to_id(known.pad_token), pad_token=known.pad_token
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path, context_length: int) -> "FileTokenizer | None":
+        """None where the files are broken, or ask for what only transformers does."""
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            known = TokenizerConfig.model_validate(config)
+            tokenizer = Tokenizer.from_file(str(folder / FILE))
+        except Exception:  # the library raises bare Exception; whoever reads them instead will say what is wrong
+            return None
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        if (
+            not {known.bos_token, known.eos_token, known.pad_token} <= special
+            or tokenizer.post_processor is None
+            or tokenizer.padding
+            or tokenizer.truncation
+            or tokenizer.get_vocab_size() > MOST_WORDS
+            or any((folder / name).exists() for name in OVERRULING)
+        ):
+            return None
+        return cls(tokenizer, config, context_length)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        encoded = self.tokenizer.encode_batch([clean(text) for text in texts])
+        return torch.tensor([one.ids for one in encoded], dtype=torch.long).view(-1, self.context_length)
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(tokenizer_content(self), encoding="utf-8")
+        write_json(folder / CONFIG_FILE, self.config)
+
+
+def clean(text: str) -> str:
+    """What open_clip makes of a text first: mended encodings, no entities, single spaces."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # there, nothing can need mending
+        import ftfy  # builds large tables
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+def write_tokenizer(text_tokenizer: TextTokenizer, folder: Path) -> None:
+    """The files of a tokenizer that appends the end token by itself, which is where CLIP pools."""
+    tokenizer = Tokenizer.from_str(text_tokenizer.to_json())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {SPECIALS[END]}", special_tokens=[(SPECIALS[END], END)]
+    )
+    pad, start, end = SPECIALS
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "bos_token": start,
+        "eos_token": end,
+        "split_special_tokens": True,  # an <end> written in a prompt is text
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> bool:
+    """Writes the tokenizer's files; False when open_clip's own CLIP tokenizer is used, which needs none."""
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer.save(folder)
+        return True
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    if isinstance(tokenizer, SimpleTokenizer):
+        return False
+    if not isinstance(tokenizer, HFTokenizer):
+        raise InputError(f"a {type(tokenizer).__name__} cannot be saved beside its model; use the model by its name")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    for where in ("name_or_path", "is_local", "local_files_only"):  # the place that it came from
+        config.pop(where, None)
+    write_json(folder / CONFIG_FILE, config)
+    if (folder / FILE).is_file():
+        (folder / FILE).write_text(tokenizer_content(tokenizer), encoding="utf-8")
+    return True
+
+
+def tokenizer_content(tokenizer: Any) -> str:
+    """All that decides its tokens, as text. Padding and truncation are set anew by each call, so they are left out."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    backend = inner if isinstance(inner, Tokenizer) else getattr(inner, "backend_tokenizer", None)
+    if backend is None:
+        return f"{type(tokenizer).__name__} {tokenizer.context_length}"
+    return json.dumps(json.loads(backend.to_str()) | {"padding": None, "truncation": None}, ensure_ascii=False)
