@@ -111,17 +111,28 @@ def test_the_kinds_have_their_shares(world: World, trained: list[Scene]) -> None
 
 
 @needs_font
+def test_most_draws_can_be_plain(world: World, trained: list[Scene]) -> None:
+    scenes = training_scenes(world, seed=0, counts=COUNTS, plain=0.85)
+    assert [scene._replace(weight=0.0) for scene in scenes] == [scene._replace(weight=0.0) for scene in trained]
+    shares = {kind: sum(scene.weight for scene in scenes if scene.kind == kind) for kind in SHARES}
+    assert shares["plain"] == pytest.approx(0.85) and sum(shares.values()) == pytest.approx(1)
+    assert shares["pair"] / shares["background"] == pytest.approx(SHARES["pair"] / SHARES["background"])
+
+
+@needs_font
 def test_captions_are_in_two_languages(world: World, trained: list[Scene]) -> None:
-    english = total = 0
+    english, total = Counter[str](), Counter[str]()
     for scene in trained:
         said = [caption for caption in scene.captions if not CHINESE.search(caption)]
-        english, total = english + len(said), total + len(scene.captions)
+        english[scene.kind] += len(said)
+        total[scene.kind] += len(scene.captions)
         assert 6 <= len(scene.captions) <= 10
         if scene.kind == "plain":
             assert said.count(world.names[scene.glyphs[0][0]].en) >= 3
         if scene.background:
             assert all(f" {scene.background} background" in caption for caption in said)
-    assert 0.7 < english / total < 0.8
+    assert english["plain"] / total["plain"] == pytest.approx(5 / 8, abs=0.02)
+    assert all(0.7 < english[kind] / total[kind] < 0.8 for kind in ("background", "small", "pair"))
 
 
 @needs_font

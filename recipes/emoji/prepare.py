@@ -34,7 +34,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from sheet import contact_sheet
 from tqdm import tqdm
-from world import COLOURS, WHITE, Scene, World, build_world, evaluation_prompts, held_out_scenes, training_scenes
+from world import (
+    COLOURS,
+    SHARES,
+    WHITE,
+    Scene,
+    World,
+    build_world,
+    evaluation_prompts,
+    held_out_scenes,
+    training_scenes,
+)
 
 EXPECTED = {"sequences": 3789, "items": 3771, "train": 3462, "tone": 156, "tone2": 33, "gender": 114, "colour": 6}
 
@@ -45,6 +55,7 @@ def main() -> int:
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="a CBDT colour-emoji font")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, a multiple of 4")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn; the split does not depend on it")
+    parser.add_argument("--plain", type=float, default=SHARES["plain"], help="share of the draws that is plain")
     parser.add_argument("--prompts", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()
     if not arguments.font.is_file():
@@ -55,12 +66,16 @@ def main() -> int:
         print(f"prepare.py: --size must be a multiple of 4 from 16 on, got {arguments.size}.", file=sys.stderr)
         return 2
 
+    if not 0 < arguments.plain < 1:
+        print(f"prepare.py: --plain must be a share between 0 and 1, got {arguments.plain}.", file=sys.stderr)
+        return 2
+
     items, sequences = load_items(arguments.font)
     names = name_items(items)
     world = build_world(items, names)
     check_counts(world, sequences)
 
-    scenes = training_scenes(world, arguments.seed) + held_out_scenes(world, arguments.seed)
+    scenes = training_scenes(world, arguments.seed, plain=arguments.plain) + held_out_scenes(world, arguments.seed)
     out: Path = arguments.out
     for folder in {"glyphs", *(scene.split for scene in scenes)}:
         shutil.rmtree(out / folder, ignore_errors=True)

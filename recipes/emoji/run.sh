@@ -7,13 +7,14 @@
 #   recipes/emoji/run.sh gpu          an NVIDIA GPU, 128x128 pixels
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-size=64 reranker=() tokenizer=() prior=()
+size=64 reranker=() tokenizer=() prior=() names=()
 if [[ ${1:-cpu} == gpu ]]; then
   size=128
   reranker=(model.vision_cfg.image_size=128 run.batch_size=1024 run.steps=6000 run.num_workers=8)
   tokenizer=(model.image_size=128 model.trunk.patch_size=2 'model.trunk.multipliers=[1,2,2]' loss.decoder_only_from=40000
     loss.perceptual_from=40000 loss.adversarial_from=40000 run.steps=60000 run.batch_size=128 run.num_workers=12)
   prior=(run.batch_size=512 run.steps=30000)
+  names=(run.batch_size=512 run.steps=3000)
 else
   # Two threads that a scheduler puts on one core are slower than one.
   export OMP_PROC_BIND=true OMP_PLACES=cores
@@ -25,8 +26,12 @@ tessera train reranker recipes/emoji/reranker.yaml "${reranker[@]}"
 tessera train tokenizer recipes/emoji/tokenizer.yaml "${tokenizer[@]}"
 tessera encode recipes/emoji/codes.yaml
 tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
+# Then names above all: the same pictures, most draws of them plain.
+[[ -f data/emoji-names/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-names --size "$size" --plain 0.85
+tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-names output=runs/emoji/codes-names
+tessera train prior recipes/emoji/prior_names.yaml "${names[@]}"
 tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji/tokenizer/model \
-  --prior runs/emoji/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
+  --prior runs/emoji/prior-names/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
 for split in train tone gender pair; do
   tessera evaluate tokenizer runs/emoji/tokenizer/model data/emoji --split "$split"
 done

@@ -115,18 +115,22 @@ def hidden_on(item: Item) -> list[tuple[str, str]]:
     return hidden
 
 
-def training_scenes(world: World, seed: int = 0, counts: dict[str, int] | None = None) -> list[Scene]:
-    """Every training item once, plain, then `counts` scenes of the other kinds without a repetition."""
+def training_scenes(
+    world: World, seed: int = 0, counts: dict[str, int] | None = None, plain: float = SHARES["plain"]
+) -> list[Scene]:
+    """Every training item once, plain, then `counts` scenes of the other kinds without a repetition. Of the draws the
+    share `plain` is of plain pictures, the rest of the others in their proportion."""
     counts = TRAIN_PICTURES if counts is None else counts
+    others = (1 - plain) / (1 - SHARES["plain"])
     pool = trained_items(world)
     total = pool.cumulative[-1]
     scenes = [
-        plain_scene(world, item, SHARES["plain"] * world.weights[item] / total, Random(f"{seed}:plain:{item}"))
+        plain_scene(world, item, plain * world.weights[item] / total, Random(f"{seed}:plain:{item}"))
         for item in pool.items
     ]
     draw = {"background": draw_background, "small": draw_small, "pair": draw_pair}
     for kind, count in counts.items():
-        weight = SHARES[kind] / count if count else 0.0
+        weight = others * SHARES[kind] / count if count else 0.0
         random = Random(f"{seed}:{kind}:train")
         scenes += distinct(count, partial(draw[kind], world, pool, False, weight, random))
     return scenes
