@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.training import multiplies_bfloat16
+from common.hardware import multiplies_bfloat16
 from stage2_prior import GPTConfig, GPTPrior
 from stage2_prior.train import Objective
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.training import multiplies_bfloat16
+from common.hardware import multiplies_bfloat16
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 
 SIZE, FACTOR, CODES, WIDTHS = 256, 16, 16384, (128, 128, 256, 256, 512)

@@ -58,7 +58,8 @@ def _built(source: Path, what: str) -> Path:
     if compiler is None:
         raise Unavailable("there is no C++ compiler on this machine")
     key = hashlib.sha256()
-    for part in (source.read_bytes(), " ".join([compiler, *FLAGS, *LINK]).encode(), _processor().encode()):
+    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    for part in (source.read_bytes(), *headers, " ".join([compiler, *FLAGS, *LINK]).encode(), _processor().encode()):
         key.update(part)
     folder = cache_folder()
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"

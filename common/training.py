@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common.config import Config
 from common.data import step_loader
 from common.errors import InputError
+from common.hardware import multiplies_bfloat16
 from common.images import contact_sheet, to_pil
 from common.muon import Muon
 
@@ -365,14 +366,6 @@ class Optimizers:
     def load_state_dict(self, state: list[Any]) -> None:
         for optimizer, part in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(part)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the hardware has bfloat16 matrix arithmetic; a CPU without it takes a hundred times as long."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> float:

@@ -52,6 +52,7 @@ class PriorRecipe(Noise):
     text_tokenizer: Path | None = None  # that a prior of text reads with
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
+    trunk: Path | None = None  # begins as `prior` would, with a gpt of another image tokenizer's codes; these are new
     model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
     depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
@@ -75,6 +76,8 @@ class PriorRecipe(Noise):
             raise ValueError(f"bart reads text, and the condition is {self.condition}; use a gpt or a pixelcnn")
         if isinstance(self.model, PixelCNNSize) and self.activation_checkpointing:
             raise ValueError("activation_checkpointing is for transformers, not for a pixelcnn")
+        if self.prior is not None and self.trunk is not None:
+            raise ValueError("prior goes on with codes that the weights know, trunk with others; name one of the two")
         if self.prompts and self.condition != "text":
             raise ValueError(f"prompts are texts, and the condition is {self.condition}; leave them out")
         if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
@@ -210,7 +213,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> Trainable:
     """A new prior for the codes, or the one that the recipe goes on from."""
     condition = condition_of(recipe.condition, codes, text_tokenizer)
-    if recipe.prior is None:
+    begin = recipe.prior or recipe.trunk
+    if begin is None:
         sizes = recipe.model.model_dump() | condition | {
             "codebook_size": codes.meta.codebook_size,
             "code_shape": codes.meta.code_shape,
@@ -227,18 +231,42 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | No
                 return BartPrior(validate(BartConfig, sizes, where="model"), text_tokenizer)
             case _:
                 assert_never(recipe.model)
-    prior = load_prior(recipe.prior, text_tokenizer)
+    prior = load_prior(begin, text_tokenizer)
     if not isinstance(prior, Trainable):
-        raise InputError(f"the prior in {recipe.prior} is of type {type(prior).__name__}, which cannot be trained here")
+        raise InputError(f"the prior in {begin} is of type {type(prior).__name__}, which cannot be trained here")
     if prior.condition != recipe.condition or any(getattr(prior.config, key) != condition[key] for key in condition):
         raise InputError(
-            f"the prior in {recipe.prior} was trained with another condition, text tokenizer, other classes or other "
+            f"the prior in {begin} was trained with another condition, text tokenizer, other classes or other "
             "codes of maps than the recipe and its codes have; go on with the same"
         )
-    check_codes(prior, recipe.prior, codes, recipe.codes)
+    if recipe.trunk is not None:
+        if not isinstance(prior, GPTPrior):
+            raise InputError(f"trunk needs a gpt, and the prior in {begin} is a {prior.config.type}; begin without it")
+        prior = with_new_codes(prior, codes)
+    else:
+        check_codes(prior, begin, codes, recipe.codes)
     if recipe.condition_dropout > 0:  # else it keeps what it knows of drawing without a condition
         prior.config = prior.config.model_copy(update={"condition_dropout": recipe.condition_dropout})
     return prior.train()
+
+
+def with_new_codes(prior: GPTPrior, codes: Codes) -> GPTPrior:
+    """The prior with the codes of another image tokenizer to draw: it keeps what it knows of the condition, its blocks
+    and, on a grid of the same size, its positions; embeddings and head of the codes are random."""
+    update = {
+        "codebook_size": codes.meta.codebook_size,
+        "code_shape": codes.meta.code_shape,
+        "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
+    }
+    new = GPTPrior(prior.config.model_copy(update=update), prior.text_tokenizer)
+    fresh = new.state_dict()
+    kept = {
+        name: weight
+        for name, weight in prior.state_dict().items()
+        if not name.startswith(("code_embedding.", "code_head.")) and fresh[name].shape == weight.shape
+    }
+    new.load_state_dict(fresh | kept)
+    return new
 
 
 def check_codes(prior: Prior, folder: Path, codes: Codes, codes_folder: Path) -> None:

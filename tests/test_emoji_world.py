@@ -111,12 +111,14 @@ def test_the_kinds_have_their_shares(world: World, trained: list[Scene]) -> None
 
 
 @needs_font
-def test_most_draws_can_be_plain(world: World, trained: list[Scene]) -> None:
-    scenes = training_scenes(world, seed=0, counts=COUNTS, plain=0.85)
+def test_other_shares_change_how_often_pictures_are_drawn_and_not_the_pictures(
+    world: World, trained: list[Scene]
+) -> None:
+    asked = {"plain": 0.3, "background": 0.4, "small": 0.1, "pair": 0.2}
+    scenes = training_scenes(world, seed=0, counts=COUNTS, shares=asked)
     assert [scene._replace(weight=0.0) for scene in scenes] == [scene._replace(weight=0.0) for scene in trained]
     shares = {kind: sum(scene.weight for scene in scenes if scene.kind == kind) for kind in SHARES}
-    assert shares["plain"] == pytest.approx(0.85) and sum(shares.values()) == pytest.approx(1)
-    assert shares["pair"] / shares["background"] == pytest.approx(SHARES["pair"] / SHARES["background"])
+    assert shares == pytest.approx(asked)
 
 
 @needs_font

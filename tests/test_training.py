@@ -19,6 +19,7 @@ import stage2_prior.train
 import stage2_prior.train_text
 from common.errors import InputError
 from common.training import Run, TrainingError, schedule
+from stage2_prior import load_prior
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,28 @@ def test_a_prior_goes_on_from_the_weights_of_another(world, tmp_path):
     second = stage2_prior.train.train(world / "prior.yaml", [f"prior={first}", *still])
     for name, tensor in weights(first).items():
         torch.testing.assert_close(weights(second)[name], tensor, msg=name)
+
+
+def test_a_prior_begins_with_the_trunk_of_one_of_other_codes(world, tmp_path):
+    first = stage2_prior.train.train(world / "prior.yaml", [f"run.output={tmp_path}/first"])
+    other = json.loads((world / "codes" / "meta.json").read_text())
+    other |= {"tokenizer_fingerprint": "another", "codebook_size": 50}
+    shutil.copytree(world / "codes", tmp_path / "codes")
+    (tmp_path / "codes" / "meta.json").write_text(json.dumps(other))
+    still = ["run.steps=1", "optimizer.learning_rate=1e-9", f"codes={tmp_path}/codes", "image_tokenizer=null"]
+    second = stage2_prior.train.train(world / "prior.yaml", [f"trunk={first}", *still, f"run.output={tmp_path}/second"])
+    known, now = weights(first), weights(second)
+    assert known.keys() == now.keys()
+    for name, tensor in known.items():
+        if name.startswith("code_"):
+            assert now[name].shape == (50, *tensor.shape[1:]), name
+        else:
+            torch.testing.assert_close(now[name], tensor, msg=name)
+    config = load_prior(second).config
+    assert (config.image_tokenizer_fingerprint, config.codebook_size) == ("another", 50)
+    with pytest.raises(InputError, match="name one of the two"):
+        both = [f"trunk={first}", f"prior={first}", f"run.output={tmp_path}/third"]
+        stage2_prior.train.train(world / "prior.yaml", both)
 
 
 def test_encoding_says_its_rate(world, tmp_path, capsys):

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from world import (
     COLOURS,
     SHARES,
+    TRAIN_PICTURES,
     WHITE,
     Scene,
     World,
@@ -55,7 +56,10 @@ def main() -> int:
     parser.add_argument("--font", type=Path, default=DEFAULT_FONT, help="a CBDT colour-emoji font")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, a multiple of 4")
     parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn; the split does not depend on it")
-    parser.add_argument("--plain", type=float, default=SHARES["plain"], help="share of the draws that is plain")
+    kinds = ", ".join(SHARES)
+    parser.add_argument("--shares", type=float, nargs=len(SHARES), default=list(SHARES.values()), metavar="SHARE",
+                        help=f"of the draws, those of {kinds}; as given they need not add up to 1")  # fmt: skip
+    parser.add_argument("--times", type=float, default=1.0, help="as many training pictures of each kind but plain")
     parser.add_argument("--prompts", type=Path, help="also write the evaluation's prompts to this file")
     arguments = parser.parse_args()
     if not arguments.font.is_file():
@@ -66,8 +70,11 @@ def main() -> int:
         print(f"prepare.py: --size must be a multiple of 4 from 16 on, got {arguments.size}.", file=sys.stderr)
         return 2
 
-    if not 0 < arguments.plain < 1:
-        print(f"prepare.py: --plain must be a share between 0 and 1, got {arguments.plain}.", file=sys.stderr)
+    if min(arguments.shares) <= 0 or not 0 < arguments.times <= 2:
+        print(
+            "prepare.py: --shares must be above 0 and --times at most 2, since a picture is drawn once.",
+            file=sys.stderr,
+        )
         return 2
 
     items, sequences = load_items(arguments.font)
@@ -75,7 +82,9 @@ def main() -> int:
     world = build_world(items, names)
     check_counts(world, sequences)
 
-    scenes = training_scenes(world, arguments.seed, plain=arguments.plain) + held_out_scenes(world, arguments.seed)
+    shares = {kind: share / sum(arguments.shares) for kind, share in zip(SHARES, arguments.shares, strict=True)}
+    counts = {kind: round(count * arguments.times) for kind, count in TRAIN_PICTURES.items()}
+    scenes = training_scenes(world, arguments.seed, counts, shares) + held_out_scenes(world, arguments.seed)
     out: Path = arguments.out
     for folder in {"glyphs", *(scene.split for scene in scenes)}:
         shutil.rmtree(out / folder, ignore_errors=True)

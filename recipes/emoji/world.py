@@ -116,21 +116,21 @@ def hidden_on(item: Item) -> list[tuple[str, str]]:
 
 
 def training_scenes(
-    world: World, seed: int = 0, counts: dict[str, int] | None = None, plain: float = SHARES["plain"]
+    world: World, seed: int = 0, counts: dict[str, int] | None = None, shares: dict[str, float] | None = None
 ) -> list[Scene]:
-    """Every training item once, plain, then `counts` scenes of the other kinds without a repetition. Of the draws the
-    share `plain` is of plain pictures, the rest of the others in their proportion."""
+    """Every training item once, plain, then `counts` scenes of the other kinds without a repetition; `shares` of the
+    draws go to each kind."""
     counts = TRAIN_PICTURES if counts is None else counts
-    others = (1 - plain) / (1 - SHARES["plain"])
+    shares = SHARES if shares is None else shares
     pool = trained_items(world)
     total = pool.cumulative[-1]
     scenes = [
-        plain_scene(world, item, plain * world.weights[item] / total, Random(f"{seed}:plain:{item}"))
+        plain_scene(world, item, shares["plain"] * world.weights[item] / total, Random(f"{seed}:plain:{item}"))
         for item in pool.items
     ]
     draw = {"background": draw_background, "small": draw_small, "pair": draw_pair}
     for kind, count in counts.items():
-        weight = others * SHARES[kind] / count if count else 0.0
+        weight = shares[kind] / count if count else 0.0
         random = Random(f"{seed}:{kind}:train")
         scenes += distinct(count, partial(draw[kind], world, pool, False, weight, random))
     return scenes
