@@ -7,7 +7,8 @@
 All have random weights of the same sizes. Every contender is a process of its own that keeps its model; they run in
 turn, round after round, so that what else the machine does meets all of them; of each the median counts. The floor of a
 step is the time to read its weights once or to multiply them with all rows, whichever is longer, at the bandwidth and
-the rate measured in the same rounds. CTranslate2 takes part when it is installed (`pip install ctranslate2`).
+the rate measured in the same rounds; the rate of bfloat16 stands for int8 as well. CTranslate2 takes part when it is
+installed (`pip install ctranslate2`).
 """
 
 import argparse
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 
+from common.hardware import cpu_multiplies_bfloat16
+
 Run = Callable[[int], object]  # draws so many images
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -40,7 +43,7 @@ def main() -> None:
         return work(arguments)
     torch.set_num_threads(arguments.threads)
     workers = {name: start(name) for name in contenders(arguments)}
-    machine: list[tuple[float, float]] = []  # bytes a second, FLOPs a second
+    machine: list[tuple[float, float, float]] = []  # bytes a second, FLOPs a second in float32 and in bfloat16
     seconds: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in arguments.rows} for name in workers}
     memory: dict[str, int] = {}
     for repeat in range(arguments.repeats):
@@ -84,6 +87,8 @@ def contenders(arguments: argparse.Namespace) -> list[str]:
         names = ["ours bfloat16", "ours plain bfloat16"]
     if arguments.codebooks == 1:
         names += ["transformers dynamic", "transformers static"]
+        if arguments.device == "cpu" and cpu_multiplies_bfloat16():
+            names += ["transformers dynamic bfloat16", "transformers static bfloat16"]
         if arguments.device == "cpu" and importlib.util.find_spec("ctranslate2"):
             names += ["ctranslate2 int8"]
     return [name for name in names if not arguments.only or name in arguments.only]
@@ -158,7 +163,7 @@ def gpt2(arguments: argparse.Namespace) -> Any:
 
 def transformers_gpt2(arguments: argparse.Namespace, folder: Path) -> Run:
     model, static = gpt2(arguments), "static" in arguments.worker
-    if arguments.device != "cpu":
+    if arguments.device != "cpu" or "bfloat16" in arguments.worker:
         model = model.to(torch.bfloat16)
     prompt = torch.randint(1, arguments.codebook, (1, arguments.text), device=arguments.device)
 
@@ -219,8 +224,9 @@ def ask(worker: subprocess.Popen[str], rows: int) -> dict[str, Any]:
     return json.loads(worker.stdout.readline())
 
 
-def measure_machine(device: str, clock: Callable[[], float]) -> tuple[float, float]:
-    """Bytes read a second, and FLOPs a second of a matrix product (float32 on a CPU, else bfloat16); best of three."""
+def measure_machine(device: str, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """Bytes read a second, and FLOPs a second of a matrix product in float32 and in bfloat16; best of three. On a GPU
+    both are in bfloat16; where a CPU has none, in float32."""
 
     def best(run: Callable[[], object]) -> float:
         times = []
@@ -232,9 +238,17 @@ def measure_machine(device: str, clock: Callable[[], float]) -> tuple[float, flo
             times.append(clock() - begin)
         return min(times[1:])
 
-    side, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
-    square, long = torch.ones(side, side, dtype=dtype, device=device), torch.ones(1 << 26, device=device)
-    return 4 * len(long) / best(long.sum), 2 * side**3 / best(lambda: square @ square)
+    long = torch.ones(1 << 26, device=device)
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        if device != "cpu":
+            dtype = torch.bfloat16
+        elif not cpu_multiplies_bfloat16():
+            dtype = torch.float32
+        side = 1024 if device == "cpu" else 8192
+        square = torch.ones(side, side, dtype=dtype, device=device)
+        rates.append(2 * side**3 / best(lambda: square @ square))  # noqa: B023
+    return 4 * len(long) / best(long.sum), rates[0], rates[1]
 
 
 def floor(arguments: argparse.Namespace, rows: int, width: int, bandwidth: float, rate: float) -> float:
@@ -251,9 +265,9 @@ def report(
     arguments: argparse.Namespace,
     seconds: dict[str, dict[int, list[float]]],
     memory: dict[str, int],
-    machine: list[tuple[float, float]],
+    machine: list[tuple[float, float, float]],
 ) -> None:
-    bandwidth, rate = (statistics.median(column) for column in zip(*machine, strict=True))
+    bandwidth, rate, rate_bfloat16 = (statistics.median(column) for column in zip(*machine, strict=True))
     speeds = {
         name: {rows: rows / statistics.median(times) for rows, times in by_rows.items()}
         for name, by_rows in seconds.items()
@@ -262,10 +276,11 @@ def report(
     for name, width in widths.items():
         if any(name in one for one in seconds):
             speeds[f"floor {name}"] = {
-                rows: rows / floor(arguments, rows, width, bandwidth, rate) for rows in arguments.rows
+                rows: rows / floor(arguments, rows, width, bandwidth, rate if width == 4 else rate_bfloat16)
+                for rows in arguments.rows
             }
     print(
-        f"{bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s, "
+        f"{bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s ({rate_bfloat16 / 1e9:.0f} in bfloat16), "
         f"{arguments.threads} threads, {arguments.clock} time, "
         f"medians; images a second"
     )
@@ -278,7 +293,8 @@ def report(
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
         found = {
             "settings": settings, "versions": versions, "processor": platform.processor() or platform.machine(),
-            "bandwidth": bandwidth, "rate": rate, "images_per_second": speeds, "seconds": seconds, "peak_bytes": memory,
+            "bandwidth": bandwidth, "rate": rate, "rate_bfloat16": rate_bfloat16, "images_per_second": speeds,
+            "seconds": seconds, "peak_bytes": memory,
         }  # fmt: skip
         arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
         arguments.out.with_suffix(".svg").write_text(plot(arguments.rows, speeds))

@@ -14,6 +14,7 @@ from stage2_prior.sampling import engine as engines
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
 from stage2_prior.sampling.gpu import GPUEngine
+from stage2_prior.sampling.prune import Plan, sample_pruned
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -254,6 +255,28 @@ def test_what_does_not_fit_in_memory_is_drawn_in_parts(monkeypatch, capsys, pref
     assert torch.equal(sample(prior, prefix, range(9), sampling, null=null), whole)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f"9 images at once do not fit in memory; drawing {'4 and 5' if prefixes == 1 else '3 and 6'}"
+
+
+@pytest.mark.parametrize("prefixes", [1, 3])
+def test_what_does_not_fit_in_memory_is_pruned_in_smaller_batches(monkeypatch, capsys, prefixes):
+    prior = make_prior()
+    prefix, _ = inputs(prior, prefixes)
+    sampling, plan = Sampling(guidance_scale=2), Plan(position=4, survivors=2)
+    whole = sample_pruned(prior, prefix, range(12), plan, sampling)
+    original = cpu.KeysAndValues.allocate
+
+    def allocate(depth, rows, *rest):
+        if rows > 6:  # guided: of three images
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+        return original(depth, rows, *rest)
+
+    monkeypatch.setattr(cpu.KeysAndValues, "allocate", allocate)
+    found = sample_pruned(prior, prefix, range(12), plan, sampling)
+    assert torch.equal(found.chosen, whole.chosen)
+    for one, other in zip(found.sampled, whole.sampled, strict=True):
+        torch.testing.assert_close(one, other)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"12 images at once do not fit in memory; drawing {'6 at once' if prefixes == 1 else '4 and 8'}"
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("something else")])

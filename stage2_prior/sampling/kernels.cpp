@@ -84,7 +84,9 @@ static inline Pairs load_pairs(const int8_t* at) {
 static inline Ints add_pairs(Ints sum, const int16_t* two, Pairs weights) {
     int32_t both;
     memcpy(&both, two, 4);
-#if defined(WIDE)
+#if defined(WIDE) && defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(both));
+#elif defined(WIDE)
     return sum + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
 #elif defined(__AVX2__)
     return sum + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));

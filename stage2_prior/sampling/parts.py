@@ -25,10 +25,7 @@ def _in_parts(draw: Callable[[slice, Sequence[int]], Result], which: slice, seed
     except (MemoryError, RuntimeError) as error:
         if len(seeds) == 1 or not is_out_of_memory(error):
             raise
-    # Outside of `except`, where the error no longer holds on to what the failed draw had allocated.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    make_room()
     count = which.stop - which.start
     half = count // 2 or len(seeds) // 2  # of the prefixes, or of the seeds of the only one
     cut = half * len(seeds) // count if count > 1 else half
@@ -36,7 +33,19 @@ def _in_parts(draw: Callable[[slice, Sequence[int]], Result], which: slice, seed
     middle = which.start + half
     halves = (slice(which.start, middle), slice(middle, which.stop)) if count > 1 else (which, which)
     parts = [_in_parts(draw, *half) for half in zip(halves, (seeds[:cut], seeds[cut:]), strict=True)]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Result]) -> Result:
+    """The rows of all parts, in their order."""
     return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def make_room() -> None:
+    """After a draw that did not fit; outside of `except`, where the error holds on to what the draw had allocated."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ dropping a row changes no other.
 Letters: R prefixes, n candidates of each, s of them finished, N = R·n images, P prefix, T codes an image.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from stage2_prior.base import Prior
+from stage2_prior.sampling.parts import is_out_of_memory, joined, make_room
 from stage2_prior.sampling.sample import Drawing, Progress, Sampled
 from stage2_prior.sampling.settings import Sampling
 
@@ -82,38 +84,68 @@ def sample_pruned(
 
     They are compared by `promise`, by default the prior's likelihood gain. At most `batch_size` images are drawn at
     once: where the candidates of one prefix are more, R must be 1, and the best are drawn again from the start, which
-    gives the same images for more work. Raises InputError when there is neither guidance nor a `promise`.
+    gives the same images for more work. What does not fit in memory is drawn in smaller batches, and a line says so.
+    Raises InputError when there is neither guidance nor a `promise`.
     """
     sampling = sampling or Sampling()
     if promise is None and not sampling.guided:
         raise InputError(NEEDS_GUIDANCE)
 
-    def begin(seeds: Sequence[int]) -> Drawing:
-        return Drawing(prior, prefix, seeds, sampling, null=null, first_codes=first_codes, scored=True)
+    def draw(which: slice, seeds: Sequence[int], at_once: int) -> Pruned:
+        """The prefixes `which` and their seeds."""
+        own = null if null is None or len(null) == 1 else null[which]
+        prefixes = range(which.start, which.stop)
 
-    def look(drawing: Drawing) -> Tensor:
-        """Draws up to the plan's position -> how promising each image is (R, n)."""
-        drawing.advance(plan.position, progress)
-        if promise is None:
-            return likelihood_gain(drawing).view(len(prefix), -1)
-        codes = drawing.codes[:, : plan.position].view(len(prefix), -1, plan.position)
-        return torch.stack([promise(number, own).float() for number, own in enumerate(codes)])
+        def begin(seeds: Sequence[int]) -> Drawing:
+            return Drawing(prior, prefix[which], seeds, sampling, null=own, first_codes=first_codes, scored=True)
 
-    def finish(drawing: Drawing) -> Sampled:
-        drawing.advance(prior.length, progress)
-        return drawing.sampled
+        def look(drawing: Drawing) -> Tensor:
+            """Draws up to the plan's position -> how promising each image is (R, n)."""
+            drawing.advance(plan.position, progress)
+            if promise is None:
+                return likelihood_gain(drawing).view(len(prefixes), -1)
+            codes = drawing.codes[:, : plan.position].view(len(prefixes), -1, plan.position)
+            return torch.stack([promise(number, some).float() for number, some in zip(prefixes, codes, strict=True)])
 
-    if len(seeds) <= batch_size:
-        drawing = begin(seeds)
-        promises = look(drawing)  # (R, n)
+        def finish(drawing: Drawing) -> Sampled:
+            drawing.advance(prior.length, progress)
+            return drawing.sampled
+
+        if len(seeds) <= at_once:
+            drawing = begin(seeds)
+            promises = look(drawing)  # (R, n)
+            chosen = most_promising(promises, plan.survivors)
+            first = torch.arange(len(prefixes), device=chosen.device)[:, None] * promises.shape[1]
+            drawing.keep((first + chosen).flatten())
+            return Pruned(chosen, finish(drawing))
+        promises = torch.cat([look(begin(some)) for some in _parts(seeds, at_once)], dim=1)  # (1, n)
         chosen = most_promising(promises, plan.survivors)
-        first = torch.arange(len(prefix), device=chosen.device)[:, None] * promises.shape[1]
-        drawing.keep((first + chosen).flatten())
-        return Pruned(chosen, finish(drawing))
-    promises = torch.cat([look(begin(some)) for some in _parts(seeds, batch_size)], dim=1)  # (1, n)
-    chosen = most_promising(promises, plan.survivors)
-    finished = [finish(begin(some)) for some in _parts([seeds[i] for i in chosen[0].tolist()], batch_size)]
-    return Pruned(chosen, Sampled(*map(torch.cat, zip(*finished, strict=True))))
+        finished = [finish(begin(some)) for some in _parts([seeds[i] for i in chosen[0].tolist()], at_once)]
+        return Pruned(chosen, joined(finished))
+
+    def draw_what_fits(which: slice, seeds: Sequence[int], at_once: int) -> Pruned:
+        """Out of memory, half of the prefixes after the other, or half as many candidates of the only one at once."""
+        try:
+            return draw(which, seeds, at_once)
+        except (MemoryError, RuntimeError) as error:
+            if min(len(seeds), at_once) == 1 or not is_out_of_memory(error):
+                raise
+        make_room()
+        count, each = which.stop - which.start, len(seeds) // (which.stop - which.start)
+        if count == 1:
+            most = min(len(seeds), at_once)
+            print(f"{most} images at once do not fit in memory; drawing {most // 2} at once", file=sys.stderr)
+            return draw_what_fits(which, seeds, most // 2)
+        middle = which.start + count // 2
+        cut = count // 2 * each
+        print(
+            f"{len(seeds)} images at once do not fit in memory; drawing {cut} and {len(seeds) - cut}", file=sys.stderr
+        )
+        halves = ((slice(which.start, middle), seeds[:cut]), (slice(middle, which.stop), seeds[cut:]))
+        chosen, sampled = zip(*(draw_what_fits(which, some, at_once) for which, some in halves), strict=True)
+        return Pruned(torch.cat(chosen), joined(sampled))
+
+    return draw_what_fits(slice(0, len(prefix)), seeds, batch_size)
 
 
 def likelihood_gain(drawing: Drawing) -> Tensor:
