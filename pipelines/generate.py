@@ -31,6 +31,8 @@ from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_versio
 from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
+from stage2_prior.sampling import set_precision
+from stage2_prior.sampling.kernels import Precision
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt
 SHEET_COLUMNS = 8
@@ -55,6 +57,7 @@ class Origin(Config):
     negative_prompt: str | None = None
     first_codes: tuple[int, ...] | None = None  # that were given, not drawn
     known_codes: tuple[int, ...] | None = None  # of the picture whose gaps were filled, -1 in these
+    precision: Precision | None = None  # that the prior's weights were kept in, None: as they are in the bundle
     score: float | None = None  # of this picture, None where nothing was reranked
     log_prob: float | None = None  # of this picture's codes given the prompt, None where it was not asked for
     seeds: tuple[int, ...] | None = None  # of a contact sheet: all its candidates, in its order
@@ -110,6 +113,7 @@ def generate(
     image: str | Path | None = None,
     mask: str | Path | None = None,
     log_probs: bool = False,
+    precision: Precision | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     **drawing: Any,
 ) -> Report:
@@ -118,9 +122,10 @@ def generate(
     `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale and
     guidance_schedule, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a picture of
     which the upper `top_rows` of codes (half) stay; of the picture `image` all stays but what is white in `mask`.
-    `loras` are folders with their weights. All prompts use the same seeds. `sheet` adds a contact sheet of all finished
-    candidates with their scores. Everything is checked before the first picture is drawn, and a file is written whole
-    or not at all. Raises InputError.
+    `precision` is what a CPU keeps the prior's weights in (`set_precision`). `loras` are folders with their weights.
+    All prompts use the same seeds. `sheet` adds a contact sheet of all finished candidates with their scores.
+    Everything is checked before the first picture is drawn, and a file is written whole or not at all. Raises
+    InputError.
     """
     start = time.perf_counter()
     prompts = check_prompts(prompts)
@@ -133,6 +138,7 @@ def generate(
     pipeline = TextToImagePipeline.from_pretrained(model, device=device, rerank=rerank)
     for lora, weight in loras:
         pipeline.load_lora_weights(lora, weight)
+    set_precision(pipeline.prior, precision)
     first_codes = None if opened is None else pipeline.codes_of_top(opened, top_rows)
     known_codes = None if masked is None else pipeline.codes_outside(*masked)
     origin = Origin(
@@ -146,6 +152,7 @@ def generate(
         negative_prompt=drawing.get("negative_prompt") or None,
         first_codes=None if first_codes is None else tuple(first_codes.tolist()),
         known_codes=None if known_codes is None else tuple(known_codes.tolist()),
+        precision=precision,
     )
     with _bar(len(prompts) * num_candidates) as bar:
         generated = pipeline.stream(
@@ -210,6 +217,7 @@ def replay(
     if (_origins(pipeline) or ()) != (origin.loras or ()):
         wanted = " ".join(f"--lora FOLDER:{one.weight:g} ({one.name}, {one.fingerprint})" for one in origin.loras or ())
         raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
+    set_precision(pipeline.prior, origin.precision)
     with _output_folder(Path(output)) as folder:
         image = pipeline(
             origin.prompt if segmentation is None else SegmentationMap(segmentation),

@@ -238,6 +238,12 @@ def test_graphs_give_the_priors_logits_on_a_gpu():
     torch.testing.assert_close(logits, prior(prefix, codes), rtol=1e-3, atol=1e-3)
 
 
+def test_a_precision_is_refused_where_no_engine_keeps_weights_in_it():
+    with pytest.raises(InputError, match="cannot be kept in int8: there is no engine for priors with positions"):
+        set_precision(make_prior(positions="rotary"), "int8")
+    set_precision(make_prior(positions="rotary"), None)
+
+
 @pytest.mark.parametrize("prefixes", [1, 3])
 def test_what_does_not_fit_in_memory_is_drawn_in_parts(monkeypatch, capsys, prefixes):
     prior = make_prior()

@@ -203,6 +203,16 @@ def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None
     assert len(read_origin(str(report.prompts[0].sheet))["seeds"]) == 3
 
 
+def test_a_picture_remembers_the_precision_it_was_drawn_in(tiny_bundle: Path, tmp_path: Path) -> None:
+    whole, low = (draw(tmp_path / str(kept), tiny_bundle, precision=kept, log_probs=True) for kept in (None, "int8"))
+    assert whole.prompts[0].images[0].log_prob != low.prompts[0].images[0].log_prob
+    picture = low.prompts[0].images[0].path
+    assert read_origin(picture)["precision"] == "int8"
+    assert replay(picture, tmp_path / "again", model=tiny_bundle, device="cpu").identical
+    with pytest.raises(InputError, match="must be one of float32, bfloat16, int8"):
+        draw(tmp_path, tiny_bundle, precision="int4")
+
+
 def test_pictures_of_earlier_versions_replay(tiny_bundle: Path, tmp_path: Path) -> None:
     """Origins as they were before min-p, schedules, negative prompts and given codes."""
     picture = draw(tmp_path / "out", tiny_bundle).prompts[0].images[0].path

@@ -60,14 +60,20 @@ _precisions: WeakKeyDictionary[Prior, Precision] = WeakKeyDictionary()
 def set_precision(prior: Prior, precision: Precision | None) -> None:
     """How the engine keeps the prior's weights from now on; None is the precision of the prior itself.
 
-    int8 and bfloat16 read less memory and change the pictures a little: `docs/performance.md` has how much.
+    int8 and bfloat16 read less memory and change the pictures a little: `docs/performance.md` has how much. Raises
+    InputError for another one, and for a prior that has no engine on a CPU.
     """
     if precision is None:
         _precisions.pop(prior, None)
-    elif precision in KINDS:
-        _precisions[prior] = precision
-    else:
+        return
+    if precision not in KINDS:
         raise InputError(f"the precision must be one of {', '.join(KINDS)}, got {precision!r}")
+    reason = unsupported(prior)
+    if not reason and next(prior.parameters()).device.type != "cpu":
+        reason = "it is on a GPU; load it with the dtype you want"
+    if reason:
+        raise InputError(f"the prior's weights cannot be kept in {precision}: {reason}")
+    _precisions[prior] = precision
 
 
 def engine_for(prior: Prior) -> Engine:
