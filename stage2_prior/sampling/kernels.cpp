@@ -17,6 +17,9 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WIDE  // vectors of 64 bytes
+#ifdef __AVX512BF16__
+#define BFLOAT16_PAIRS  // which are multiplied two at a time
+#endif
 constexpr int W = 16;  // lanes of a vector
 #else
 constexpr int W = 8;
@@ -69,32 +72,51 @@ static inline Vector add_product(Vector sum, float a, Vector b) {
 #endif
 }
 
-// Two 8-bit weights of each of W outputs, and sum + the products of both with two numbers of a row. All of it is exact.
-static inline Pairs load_pairs(const int8_t* at) {
+// Arithmetic on pairs: two weights of each of W outputs, and sum + the products of both with two numbers of a row.
+struct WholePairs {  // 8-bit weights; all of it is exact
+    typedef int8_t Weight;
+    typedef Ints Sum;
+    static inline Pairs weights(const int8_t* at) {
 #if defined(WIDE)
-    return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
+        return (Pairs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at));
 #elif defined(__AVX2__)
-    return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
+        return (Pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at));
 #else
-    Pairs pairs;
-    for (int i = 0; i < 2 * W; i++) pairs[i] = at[i];
-    return pairs;
+        Pairs pairs;
+        for (int i = 0; i < 2 * W; i++) pairs[i] = at[i];
+        return pairs;
 #endif
-}
-static inline Ints add_pairs(Ints sum, const int16_t* two, Pairs weights) {
-    int32_t both;
-    memcpy(&both, two, 4);
+    }
+    static inline Ints add(Ints sum, const int16_t* two, Pairs weights) {
+        int32_t both;
+        memcpy(&both, two, 4);
 #if defined(WIDE) && defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(both));
+        return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(both));
 #elif defined(WIDE)
-    return sum + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
+        return sum + (Ints)_mm512_madd_epi16((__m512i)weights, _mm512_set1_epi32(both));
 #elif defined(__AVX2__)
-    return sum + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));
+        return sum + (Ints)_mm256_madd_epi16((__m256i)weights, _mm256_set1_epi32(both));
 #else
-    for (int i = 0; i < W; i++) sum[i] += two[0] * weights[2 * i] + two[1] * weights[2 * i + 1];
-    return sum;
+        for (int i = 0; i < W; i++) sum[i] += two[0] * weights[2 * i] + two[1] * weights[2 * i + 1];
+        return sum;
 #endif
-}
+    }
+    static inline Vector total(Ints sum) { return __builtin_convertvector(sum, Vector); }
+};
+
+#ifdef BFLOAT16_PAIRS
+struct HalfPairs {  // bfloat16 on both sides, summed in float32
+    typedef bf16 Weight;
+    typedef Vector Sum;
+    static inline Pairs weights(const bf16* at) { return (Pairs)_mm512_loadu_si512(at); }
+    static inline Vector add(Vector sum, const int16_t* two, Pairs weights) {
+        int32_t both;
+        memcpy(&both, two, 4);
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(both));
+    }
+    static inline Vector total(Vector sum) { return sum; }
+};
+#endif
 
 static inline void narrow(float x, float* to) { *to = x; }
 static inline void narrow(float x, bf16* to) {  // round to the nearest, ties to even
@@ -220,8 +242,8 @@ __attribute__((noinline)) static void tile(const float* x, const T* panel, int64
     finish(done, R, B * PANEL, matrix, first, y, after);
 }
 
-// Rows of whole numbers for 8-bit weights: up to 4095 in size, which rounds off far less than the weights' 127 do, and no
-// more than lets a sum fit 32 bits whatever the weights.
+// Rows for weights in pairs. For 8-bit ones they are whole numbers, up to 4095 in size, which rounds off far less than
+// the weights' 127 do, and no more than lets a sum fit 32 bits whatever the weights; for bfloat16 they are bfloat16.
 struct Rounded {
     std::unique_ptr<int16_t[]> numbers;  // (M, in rounded up to even)
     std::unique_ptr<float[]> scale;      // (M)
@@ -241,21 +263,28 @@ static void round_row(const float* x, int64_t in, int16_t* numbers, float* scale
     *scale = most / limit;
 }
 
-template <int R, int B>
-__attribute__((noinline)) static void whole_tile(const int16_t* x, const float* scale, const int8_t* panel,
-                                                 const Matrix& matrix, int64_t first, float* y, After after) {
+static void halve_row(const float* x, int64_t in, int16_t* numbers, float* scale) {
+    for (int64_t i = 0; i < in; i++) narrow(x[i], (bf16*)numbers + i);
+    if (in % 2) numbers[in] = 0;
+    *scale = 1.0f;
+}
+
+template <typename Arithmetic, int R, int B>
+__attribute__((noinline)) static void pair_tile(const int16_t* x, const float* scale,
+                                                const typename Arithmetic::Weight* panel, const Matrix& matrix,
+                                                int64_t first, float* y, After after) {
     const int64_t in = matrix.in + matrix.in % 2;
-    Ints sum[R][B][2] = {};
+    typename Arithmetic::Sum sum[R][B][2] = {};
     for (int64_t i = 0; i < in; i += 2)
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            const int8_t* at = panel + (b * in + i) * PANEL;
+            const auto at = panel + (b * in + i) * PANEL;
             __builtin_prefetch(at + B * in * PANEL, 0, 2);
-            const Pairs one = load_pairs(at), other = load_pairs(at + 2 * W);
+            const Pairs one = Arithmetic::weights(at), other = Arithmetic::weights(at + 2 * W);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                sum[r][b][0] = add_pairs(sum[r][b][0], x + r * in + i, one);
-                sum[r][b][1] = add_pairs(sum[r][b][1], x + r * in + i, other);
+                sum[r][b][0] = Arithmetic::add(sum[r][b][0], x + r * in + i, one);
+                sum[r][b][1] = Arithmetic::add(sum[r][b][1], x + r * in + i, other);
             }
         }
     float done[R * B * PANEL];
@@ -263,8 +292,8 @@ __attribute__((noinline)) static void whole_tile(const int16_t* x, const float* 
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            store(done + (r * B + b) * PANEL, __builtin_convertvector(sum[r][b][0], Vector) * scale[r]);
-            store(done + (r * B + b) * PANEL + W, __builtin_convertvector(sum[r][b][1], Vector) * scale[r]);
+            store(done + (r * B + b) * PANEL, Arithmetic::total(sum[r][b][0]) * scale[r]);
+            store(done + (r * B + b) * PANEL + W, Arithmetic::total(sum[r][b][1]) * scale[r]);
         }
     finish(done, R, B * PANEL, matrix, first, y, after);
 }
@@ -284,7 +313,8 @@ struct Rows {
     }
 };
 
-struct WholeRows {
+template <typename Arithmetic>
+struct PairRows {
     const Rounded& x;
     const Matrix& matrix;
     float* y;
@@ -292,8 +322,9 @@ struct WholeRows {
     template <int R, int B>
     void run(int64_t begin, int64_t from) const {
         const int64_t in = matrix.in + matrix.in % 2;
-        whole_tile<R, B>(&x.numbers[begin * in], &x.scale[begin], (const int8_t*)matrix.data + from * in * PANEL, matrix,
-                         from * PANEL, y + begin * matrix.out, after);
+        const auto weights = (const typename Arithmetic::Weight*)matrix.data + from * in * PANEL;
+        pair_tile<Arithmetic, R, B>(&x.numbers[begin * in], &x.scale[begin], weights, matrix, from * PANEL,
+                                    y + begin * matrix.out, after);
     }
 };
 
@@ -321,17 +352,25 @@ static void panels(const Some& some, int64_t M, int64_t from, int64_t to) {
 static void product(const float* x, int64_t M, const Matrix& matrix, float* y, After after, Rounded& rounded) {
     // y (M, out) from x (M, in), inside a parallel region.
     const int64_t count = (matrix.out + PANEL - 1) / PANEL, tasks = (count + PANELS_A_TASK - 1) / PANELS_A_TASK;
-    if (matrix.kind == INT8) {
+    auto round = matrix.kind == INT8 ? round_row : nullptr;
+#ifdef BFLOAT16_PAIRS
+    if (matrix.kind == BFLOAT16) round = halve_row;
+#endif
+    if (round) {
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++)
-            round_row(x + m * matrix.in, matrix.in, &rounded.numbers[m * (matrix.in + matrix.in % 2)], &rounded.scale[m]);
+            round(x + m * matrix.in, matrix.in, &rounded.numbers[m * (matrix.in + matrix.in % 2)], &rounded.scale[m]);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t from = task * PANELS_A_TASK, to = from + PANELS_A_TASK < count ? from + PANELS_A_TASK : count;
         if (matrix.kind == FLOAT32) panels(Rows<float>{x, matrix, y, after}, M, from, to);
+#ifdef BFLOAT16_PAIRS
+        else if (matrix.kind == BFLOAT16) panels(PairRows<HalfPairs>{rounded, matrix, y, after}, M, from, to);
+#else
         else if (matrix.kind == BFLOAT16) panels(Rows<bf16>{x, matrix, y, after}, M, from, to);
-        else panels(WholeRows{rounded, matrix, y, after}, M, from, to);
+#endif
+        else panels(PairRows<WholePairs>{rounded, matrix, y, after}, M, from, to);
     }
 }
 
@@ -509,9 +548,14 @@ void pack(const float* from, int64_t out, int64_t in, int64_t kind, void* to) {
             for (int64_t j = 0; j < PANEL; j++) {
                 const float x = p * PANEL + j < out ? from[(p * PANEL + j) * in + i] : 0.0f;
                 const int64_t at = (p * in + i) * PANEL + j;
+                const int64_t in_pairs = ((p * ((in + 1) / 2) + i / 2) * PANEL + j) * 2 + i % 2;
                 if (kind == FLOAT32) ((float*)to)[at] = x;
-                else if (kind == BFLOAT16) narrow(x, (bf16*)to + at);
-                else ((int8_t*)to)[((p * ((in + 1) / 2) + i / 2) * PANEL + j) * 2 + i % 2] = (int8_t)x;
+                else if (kind == INT8) ((int8_t*)to)[in_pairs] = (int8_t)x;
+#ifdef BFLOAT16_PAIRS
+                else narrow(x, (bf16*)to + in_pairs);
+#else
+                else narrow(x, (bf16*)to + at);
+#endif
             }
 }
 

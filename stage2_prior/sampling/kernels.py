@@ -66,7 +66,8 @@ class Packed:
     """A matrix (out, in) in the order in which the kernels read it, and in the precision in which it is kept.
 
     int8: each output has its scale, its largest weight is 127. What it is multiplied with is rounded row by row, to
-    4095 steps for the largest number, and the products are whole numbers; otherwise they are float32.
+    4095 steps for the largest number, and the products are whole numbers. bfloat16: so is what it is multiplied with,
+    on processors that multiply in it, and sums are float32; elsewhere products are float32, as those of float32 are.
     """
 
     def __init__(self, weight: Tensor, precision: Precision) -> None:
@@ -78,7 +79,7 @@ class Packed:
             weight = (weight / self.scale[:, None]).round()
         library = load()
         width = library.panel_width()
-        rows = in_ + in_ % 2 if precision == "int8" else in_
+        rows = in_ if precision == "float32" else in_ + in_ % 2  # in pairs
         self.data = torch.zeros(-(-out // width) * rows * width, dtype=STORED[precision])
         library.pack(weight.data_ptr(), out, in_, KINDS[precision], self.data.data_ptr())
         scale = None if self.scale is None else self.scale.data_ptr()
