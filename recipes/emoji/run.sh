@@ -27,7 +27,7 @@ tessera train tokenizer recipes/emoji/tokenizer.yaml "${tokenizer[@]}"
 tessera encode recipes/emoji/codes.yaml
 tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
 # Then names above all: the same pictures, most draws of them plain.
-[[ -f data/emoji-names/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-names --size "$size" --shares 85 5.5 2.7 6.8
+[[ -f data/emoji-names/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-names --size "$size" --shares 85 5.5 2.7 6.8 --times 0.21
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-names output=runs/emoji/codes-names
 tessera train prior recipes/emoji/prior_names.yaml "${names[@]}"
 tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji/tokenizer/model \
