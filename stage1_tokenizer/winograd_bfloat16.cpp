@@ -13,6 +13,21 @@
 extern "C" int64_t possible(int64_t, int64_t) { return 0; }
 #else
 
+#include <immintrin.h>
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+static inline void load(const bfloat16* from, Vector& to) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    to = (Vector)_mm512_slli_epi32(wide, 16);
+}
+static inline void store(const Vector& from, bfloat16* to) {  // to nearest, ties to even
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)from);
+    memcpy(to, &halves, sizeof halves);
+}
+
 constexpr int64_t SQUARE = 8, SIDE = 2 * SQUARE + 2, NUMBERS = 16, ROWS = 4;
 constexpr int64_t MOST = (SQUARE * SQUARE + ROWS - 1) / ROWS * ROWS;  // blocks of a square, rounded up
 constexpr int64_t APART = 32;  // beyond a power of two between numbers, so that they do not share one line of the cache
@@ -43,7 +58,7 @@ static void pack(const Number* weight, int64_t channels, int64_t wide, int64_t b
         }
 }
 
-// ROWS rows of T: a (ROWS, C) times b (C, 16 N), of which the pairs of rows lie together -> out (ROWS, 16 N).
+// ROWS of the T: a (ROWS, C) times b (C, 16 N), in which pairs of rows lie together -> out (ROWS, 16 N).
 template <int N>
 static inline void multiply(const bfloat16* a, const uint32_t* b, int64_t channels, float* out) {
     __m512 sums[ROWS][N] = {};
