@@ -30,8 +30,11 @@ tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
 [[ -f data/emoji-names/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-names --size "$size" --shares 85 5.5 2.7 6.8 --times 0.21
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-names output=runs/emoji/codes-names
 tessera train prior recipes/emoji/prior_names.yaml "${names[@]}"
+# Names alone cost new skin tones and colours; between the two priors lies one that has most of both.
+python recipes/emoji/average.py runs/emoji/prior/model runs/emoji/prior-names/model runs/emoji/prior-average --share 0.6 \
+  --text-tokenizer runs/emoji/text_tokenizer
 tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji/tokenizer/model \
-  --prior runs/emoji/prior-names/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
+  --prior runs/emoji/prior-average --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
 for split in train tone gender pair; do
   tessera evaluate tokenizer runs/emoji/tokenizer/model data/emoji --split "$split"
 done
