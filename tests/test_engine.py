@@ -244,20 +244,25 @@ def test_a_precision_is_refused_where_no_engine_keeps_weights_in_it():
     set_precision(make_prior(positions="rotary"), None)
 
 
+def leave_room_for_three(monkeypatch):
+    """Images, of which guidance makes six rows; more is out of memory."""
+    original = cpu.KeysAndValues.allocate
+
+    def allocate(depth, rows, *rest):
+        if rows > 6:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+        return original(depth, rows, *rest)
+
+    monkeypatch.setattr(cpu.KeysAndValues, "allocate", allocate)
+
+
 @pytest.mark.parametrize("prefixes", [1, 3])
 def test_what_does_not_fit_in_memory_is_drawn_in_parts(monkeypatch, capsys, prefixes):
     prior = make_prior()
     prefix, _ = inputs(prior, prefixes)
     sampling, null = Sampling(guidance_scale=2), inputs(prior, prefixes)[0]
     whole = sample(prior, prefix, range(9), sampling, null=null)
-    original = cpu.KeysAndValues.allocate
-
-    def allocate(depth, rows, *rest):
-        if rows > 6:  # guided: of three images
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
-        return original(depth, rows, *rest)
-
-    monkeypatch.setattr(cpu.KeysAndValues, "allocate", allocate)
+    leave_room_for_three(monkeypatch)
     assert torch.equal(sample(prior, prefix, range(9), sampling, null=null), whole)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f"9 images at once do not fit in memory; drawing {'4 and 5' if prefixes == 1 else '3 and 6'}"
@@ -269,14 +274,7 @@ def test_what_does_not_fit_in_memory_is_pruned_in_smaller_batches(monkeypatch, c
     prefix, _ = inputs(prior, prefixes)
     sampling, plan = Sampling(guidance_scale=2), Plan(position=4, survivors=2)
     whole = sample_pruned(prior, prefix, range(12), plan, sampling)
-    original = cpu.KeysAndValues.allocate
-
-    def allocate(depth, rows, *rest):
-        if rows > 6:  # guided: of three images
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
-        return original(depth, rows, *rest)
-
-    monkeypatch.setattr(cpu.KeysAndValues, "allocate", allocate)
+    leave_room_for_three(monkeypatch)
     found = sample_pruned(prior, prefix, range(12), plan, sampling)
     assert torch.equal(found.chosen, whole.chosen)
     for one, other in zip(found.sampled, whole.sampled, strict=True):
