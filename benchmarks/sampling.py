@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from common.hardware import cpu_multiplies_bfloat16
+from stage2_prior.sampling.engine import FP8_CAPABILITY
 
 Run = Callable[[int], object]  # draws so many images
 
@@ -84,7 +85,9 @@ def contenders(arguments: argparse.Namespace) -> list[str]:
     if arguments.device == "cpu":
         names = ["ours float32", "ours int8", "ours bfloat16", "ours plain"]
     else:
-        names = ["ours bfloat16", "ours plain bfloat16"]
+        names = ["ours bfloat16", "ours int8", "ours plain bfloat16"]
+        if torch.cuda.get_device_capability() >= FP8_CAPABILITY:
+            names += ["ours fp8"]
     if arguments.codebooks == 1:
         names += ["transformers dynamic", "transformers static"]
         if arguments.device == "cpu" and cpu_multiplies_bfloat16():
@@ -144,6 +147,8 @@ def ours(arguments: argparse.Namespace, folder: Path) -> Run:
         set_precision(prior, precision)
     if arguments.device != "cpu":
         prior = prior.to(torch.bfloat16)
+        if precision in ("int8", "fp8"):
+            set_precision(prior, precision)
     if "plain" not in arguments.worker and engine.accelerated(prior) is None:
         raise SystemExit("there is no engine here; see the line above")
     sampling, prefix = Sampling(guidance_scale=arguments.guidance), prior.null_prefix(1)
@@ -272,7 +277,7 @@ def report(
         name: {rows: rows / statistics.median(times) for rows, times in by_rows.items()}
         for name, by_rows in seconds.items()
     }
-    widths = {"float32": 4, "bfloat16": 2, "int8": 1}
+    widths = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
     for name, width in widths.items():
         if any(name in one for one in seconds):
             speeds[f"floor {name}"] = {

@@ -195,8 +195,8 @@ def generate(
     prune_by: Annotated[PruneBy, typer.Option(help="What says which they are.")] = PruneBy.likelihood,
     log_probs: Annotated[bool, typer.Option("--log-probs", help="Also the log-probability of each picture.")] = False,
     precision: Annotated[
-        Literal["float32", "bfloat16", "int8"] | None,
-        typer.Option(help="What a CPU keeps the prior's weights in: faster, other pictures.  [default: the bundle's]"),
+        Literal["float32", "bfloat16", "int8", "fp8"] | None,
+        typer.Option(help="What the prior's weights are kept in: faster, other pictures.  [default: the bundle's]"),
     ] = None,
     rerank: Annotated[
         bool, typer.Option("--rerank/--no-rerank", help="Order the pictures by how well they fit.")

@@ -32,7 +32,7 @@ from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
 from stage2_prior.sampling import set_precision
-from stage2_prior.sampling.kernels import Precision
+from stage2_prior.sampling.settings import Precision
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt
 SHEET_COLUMNS = 8
@@ -122,7 +122,7 @@ def generate(
     `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale and
     guidance_schedule, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a picture of
     which the upper `top_rows` of codes (half) stay; of the picture `image` all stays but what is white in `mask`.
-    `precision` is what a CPU keeps the prior's weights in (`set_precision`). `loras` are folders with their weights.
+    `precision` is what the prior's weights are kept in (`set_precision`). `loras` are folders with their weights.
     All prompts use the same seeds. `sheet` adds a contact sheet of all finished candidates with their scores.
     Everything is checked before the first picture is drawn, and a file is written whole or not at all. Raises
     InputError.

@@ -15,6 +15,7 @@ from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.prune import Plan, sample_pruned
+from stage2_prior.sampling.quantized import FP8, Int8
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,14 +56,21 @@ def inputs(prior, rows):
     return prefix, torch.randint(0, prior.codebook_size, (rows, prior.length))
 
 
-@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+either = pytest.mark.parametrize(
+    "make",
+    [lambda prior: CPUEngine(prior, "float32"), lambda prior: GPUEngine(prior, "float32")],
+    ids=["kernels", "torch"],
+)
+
+
+@either
 @torch.no_grad()
 def test_the_engine_gives_the_priors_logits(prior, make):
     prefix, codes = inputs(prior, 4)
     torch.testing.assert_close(stepped(make(prior), prefix, codes), prior(prefix, codes), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+@either
 @pytest.mark.parametrize("of", [[0] * 5, [0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2, 2, 0], [2, 2, 0, 0]])
 @torch.no_grad()
 def test_rows_read_their_own_prefix(prior, make, of):
@@ -72,7 +80,7 @@ def test_rows_read_their_own_prefix(prior, make, of):
     torch.testing.assert_close(stepped(make(prior), prefix, codes, rows), prior(prefix[rows], codes), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("make", [lambda prior: CPUEngine(prior, "float32"), GPUEngine], ids=["kernels", "torch"])
+@either
 @torch.no_grad()
 def test_rows_can_be_dropped_part_way(prior, make):
     prefix, codes = inputs(prior, 1)[0], inputs(prior, 6)[1]
@@ -165,8 +173,12 @@ def test_precision_is_chosen_and_refused():
     assert accelerated(prior).precision == "int8"
     set_precision(prior, None)
     assert accelerated(prior).precision == "float32"
-    with pytest.raises(InputError, match="one of float32, bfloat16, int8, got 'int4'"):
+    with pytest.raises(InputError, match="one of float32, bfloat16, int8, fp8, got 'int4'"):
         set_precision(prior, "int4")
+    with pytest.raises(
+        InputError, match="cannot be kept in fp8: it is on a CPU, whose engine knows float32, bfloat16, int8"
+    ):
+        set_precision(prior, "fp8")
     assert accelerated(make_prior().to(torch.bfloat16)).precision == "bfloat16"
 
 
@@ -234,8 +246,52 @@ def test_graphs_give_the_priors_logits_on_a_gpu():
     prior = make_prior((2, 10, 10)).cuda()  # beyond one bucket
     prefix, codes = (one.cuda() for one in inputs(prior, 6))
     rows = torch.arange(6, device="cuda")
-    logits = stepped(GPUEngine(prior), prefix, codes, rows)
+    logits = stepped(GPUEngine(prior, "float32"), prefix, codes, rows)
     torch.testing.assert_close(logits, prior(prefix, codes), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_weights_of_8_bits_are_drawn_with_on_a_gpu(precision):
+    prior = make_prior((1, 10, 10), dim=64).cuda().to(torch.bfloat16)
+    set_precision(prior, precision)
+    assert accelerated(prior).precision == precision  # after agreeing with the prior
+    assert sample(prior, prior.null_prefix(1), range(20)).shape == (20, 100)
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("int8", 127), ("fp8", 8)])
+def test_products_of_8_bits_are_those_of_the_rounded_numbers(precision, levels):
+    """Against a product in float64 of what int8 and e4m3 can say: here 127 equal steps, or 8 to each factor of two."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(48, 32, bias=False), torch.randn(5, 48)
+    x[2] = 0.0
+    x[:, 7] *= 50.0
+
+    def rounded(values):
+        scale = values.abs().amax(1, keepdim=True).double().clamp_min(1e-12) / (127 if precision == "int8" else 448)
+        units = values.double() / scale
+        step = 1.0 if precision == "int8" else 2.0 ** units.abs().clamp_min(2.0**-6).log2().floor() / levels
+        return (units / step).round() * step * scale
+
+    product = {"int8": Int8, "fp8": FP8}[precision](layer)
+    expected = rounded(x) @ rounded(layer.weight.detach()).T
+    error = (product(x) - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if precision == "int8" else 8e-3)  # fp8 products come in bfloat16
+    assert (product(x)[2] == 0).all()
+    plain = layer(x).detach()
+    assert 1e-4 < (product(x) - plain).norm() / plain.norm() < (0.02 if precision == "int8" else 0.05)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@torch.no_grad()
+def test_steps_with_weights_of_8_bits_are_near_the_priors(precision):
+    prior = make_prior()
+    prefix, codes = inputs(prior, 4)
+    steps, whole = stepped(GPUEngine(prior, precision), prefix, codes), prior(prefix, codes)
+    torch.testing.assert_close(steps[:, 0], whole[:, 0], rtol=0, atol=2e-5)  # the prefix is read with whole weights
+    error = (steps - whole).norm() / whole.norm()
+    assert 1e-5 < error < 0.1
 
 
 def test_a_precision_is_refused_where_no_engine_keeps_weights_in_it():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stage2_prior import GPTConfig, GPTPrior
-from stage2_prior.attention import RMSNorm, View, attend
+from stage2_prior.attention import QUERIES, RMSNorm, View, attend, causal_products
 from stage2_prior.patterns import arrangement, visible
 from stage2_prior.positions import rotate, rotation
 
@@ -75,6 +75,28 @@ def test_attention_is_a_softmax_over_what_is_seen(pattern):
         expected = (weights.unsqueeze(-1) * v[:, :, seen]).sum(2)
         torch.testing.assert_close(together[:, :, query], expected)
         torch.testing.assert_close(alone[query][:, :, 0], expected)
+
+
+@pytest.mark.parametrize("length", [2, 7, QUERIES, 2 * QUERIES + 1])
+def test_causal_products_are_attention_and_so_are_their_gradients(length):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, 3, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(2, 3, length, 8, generator=generator, dtype=torch.float64)
+
+    q, k, v = inputs.unbind()
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = (q @ k.mT / math.sqrt(8)).masked_fill(future, -torch.inf).softmax(-1) @ v
+    (slopes,) = torch.autograd.grad((expected * weight).sum(), inputs)
+    mixed = causal_products(*inputs.unbind())
+    (found,) = torch.autograd.grad((mixed * weight).sum(), inputs)
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(found, slopes)
+
+
+def test_bfloat16_attention_differs_by_rounding_only():
+    q, k, v = torch.randn(3, 2, 3, 50, 16, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
+    exact = attend(q.double(), k.double(), v.double(), None)
+    assert (attend(q, k, v, None) - exact).abs().max() < 0.02
 
 
 def test_layers_follow_the_arrangement():

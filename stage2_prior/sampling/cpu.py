@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stage2_prior.base import Cache
 from stage2_prior.sampling import kernels
-from stage2_prior.sampling.kernels import Matrix, Packed, Precision, Segment
+from stage2_prior.sampling.kernels import Matrix, Packed, Segment
+from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTPrior
 
 

@@ -1,14 +1,15 @@
 """Which way a prior's steps are computed: the fastest that gives its numbers, and its own `prefill` and `step` if none.
 
     CPU              kernels.cpp (cpu.py): float32 as the prior, or weights kept in bfloat16 or int8 (`set_precision`)
-    NVIDIA GPU       torch's kernels over a static cache, one CUDA graph a step (gpu.py)
+    NVIDIA GPU       torch's kernels over a static cache, one CUDA graph a step (gpu.py): the prior's weights,
+                     or copies in int8 or fp8 (`set_precision`)
     anything else    the prior itself; one line says why
 
 An engine holds a copy of the weights in its own order, made on first use and made again when they change.
 """
 
 import sys
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,9 @@ from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.gpu import GPUEngine
-from stage2_prior.sampling.kernels import KINDS, Precision
+from stage2_prior.sampling.kernels import KINDS
+from stage2_prior.sampling.quantized import MULTIPLE
+from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTConfig, GPTPrior
 
 # What the engines were written for. A field that is not here must have its default, which is what priors had before it.
@@ -35,8 +38,14 @@ MODULES = (
     GPTPrior, Block, Attention, DepthHead, DepthBlock, nn.Linear, nn.Embedding, RMSNorm, nn.RMSNorm, nn.Dropout,
     nn.ModuleList,
 )  # fmt: skip
+FP8_CAPABILITY = (8, 9)  # of a GPU that multiplies in it
 PROBES = 64  # numbers of each weight that tell whether it changed
-AGREEMENT: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.2}  # relative error of the logits
+AGREEMENT: dict[Precision, float] = {
+    "float32": 1e-3,
+    "bfloat16": 0.1,
+    "int8": 0.2,
+    "fp8": 0.2,
+}  # relative error of logits
 
 
 class Engine(Protocol):
@@ -60,20 +69,33 @@ _precisions: WeakKeyDictionary[Prior, Precision] = WeakKeyDictionary()
 def set_precision(prior: Prior, precision: Precision | None) -> None:
     """How the engine keeps the prior's weights from now on; None is the precision of the prior itself.
 
-    int8 and bfloat16 read less memory and change the pictures a little: `docs/performance.md` has how much. Raises
-    InputError for another one, and for a prior that has no engine on a CPU.
+    bfloat16 and int8 on a CPU, int8 and fp8 on a GPU read less memory and change the pictures a little:
+    `docs/performance.md` has how much. Raises InputError for one that the prior or its device cannot have.
     """
     if precision is None:
         _precisions.pop(prior, None)
         return
-    if precision not in KINDS:
-        raise InputError(f"the precision must be one of {', '.join(KINDS)}, got {precision!r}")
-    reason = unsupported(prior)
-    if not reason and next(prior.parameters()).device.type != "cpu":
-        reason = "it is on a GPU; load it with the dtype you want"
+    if precision not in get_args(Precision):
+        raise InputError(f"the precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    reason = unsupported(prior) or _unavailable(prior, precision)
     if reason:
         raise InputError(f"the prior's weights cannot be kept in {precision}: {reason}")
     _precisions[prior] = precision
+
+
+def _unavailable(prior: Prior, precision: Precision) -> str:
+    """Why the device of a prior that has an engine cannot keep its weights so, in one clause; empty when it can."""
+    assert isinstance(prior, GPTPrior)
+    weight = prior.text_embedding.weight
+    if weight.device.type == "cpu":
+        return "" if precision in KINDS else "it is on a CPU, whose engine knows " + ", ".join(KINDS)
+    if precision not in ("int8", "fp8"):
+        return "it is on a GPU; load it with the dtype you want"
+    if precision == "fp8" and torch.cuda.get_device_capability(weight.device) < FP8_CAPABILITY:
+        return f"{torch.cuda.get_device_name(weight.device)} does not multiply in fp8; take int8"
+    if any(side % MULTIPLE for side in (prior.config.dim, int(prior.config.dim * prior.config.mlp_ratio))):
+        return f"widths must be multiples of {MULTIPLE}"
+    return ""
 
 
 def engine_for(prior: Prior) -> Engine:
@@ -104,11 +126,14 @@ def _make(prior: Prior) -> tuple[CPUEngine | GPUEngine | None, str]:
     precision = _precisions.get(prior) or ("bfloat16" if weight.dtype == torch.bfloat16 else "float32")
     engine: CPUEngine | GPUEngine
     try:
-        engine = CPUEngine(prior, precision) if weight.device.type == "cpu" else GPUEngine(prior)
+        engine = CPUEngine(prior, precision) if weight.device.type == "cpu" else GPUEngine(prior, precision)
+        wrong = _disagreement(prior, engine)
     except native.Unavailable as error:
         return None, str(error)
-    wrong = _disagreement(prior, engine)
-    if wrong > AGREEMENT[precision]:
+    except NotImplementedError as error:  # torch has no such kernel for this device
+        return None, f"{precision} products: {error}"
+    tolerance = max(AGREEMENT[precision], 0.0 if weight.dtype == torch.float32 else AGREEMENT["bfloat16"])
+    if wrong > tolerance:
         return None, f"its logits differ from the engine's by {wrong:.2g} of their size, which a mistake in it would do"
     return engine, ""
 

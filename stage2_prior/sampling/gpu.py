@@ -19,6 +19,8 @@ from torch import Tensor
 
 from stage2_prior.attention import Attention, rms_norm
 from stage2_prior.base import Cache
+from stage2_prior.sampling.quantized import products
+from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTPrior
 
 BUCKET = 64  # own positions
@@ -62,10 +64,15 @@ class GPUCache(Cache):
 
 
 class GPUEngine:
-    """`prefill` and `step` of a GPTPrior's contract, with the prior's own weights."""
+    """`prefill` and `step` of a GPTPrior's contract, with the prior's own weights.
 
-    def __init__(self, prior: GPTPrior) -> None:
+    Or with copies in 8 bits (`quantized.py`) of those in the blocks; the prefix is still read with the prior's own.
+    """
+
+    def __init__(self, prior: GPTPrior, precision: Precision) -> None:
         self._prior = weakref.ref(prior)  # who keeps an engine for a prior does not keep the prior
+        self.precision = precision
+        self.products = [products(block, precision) for block in prior.blocks if isinstance(block, Block)]
 
     @property
     def prior(self) -> GPTPrior:
@@ -125,15 +132,17 @@ class GPUEngine:
         hidden = torch.arange(end, device=codes.device) > position  # (L,)
         for layer, block in enumerate(prior.blocks):
             assert isinstance(block, Block)
+            product = self.products[layer]
             x = x + self._attention(block.attention, block.attention_norm(x), layer, position, hidden, cache)
-            x = x + block.mlp_out(F.gelu(block.mlp_in(block.mlp_norm(x))))
+            x = x + product.mlp_out(F.gelu(product.mlp_in(block.mlp_norm(x))))
         state = prior.norm(x)
         return state, prior.code_head.logits(state, codes[:, :0])
 
     def _attention(
         self, attention: Attention, x: Tensor, layer: int, position: Tensor, hidden: Tensor, cache: GPUCache
     ) -> Tensor:
-        q, k, v = rearrange(attention.qkv(x), "n (three h d) -> three n h d", three=3, h=attention.num_heads).unbind()
+        product = self.products[layer]
+        q, k, v = rearrange(product.qkv(x), "n (three h d) -> three n h d", three=3, h=attention.num_heads).unbind()
         q, k = rms_norm(q, attention.query_scale), rms_norm(k, attention.key_scale)
         cache.keys[layer].index_copy_(2, position, k.unsqueeze(2))
         cache.values[layer].index_copy_(2, position, v.unsqueeze(2))
@@ -148,7 +157,7 @@ class GPUEngine:
         weights = (scores * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
         before = rearrange(weights[..., :length], "(r g) h p -> r h g p", r=prefixes) @ cache.prefix_values[layer]
         after = (weights[..., length:].unsqueeze(-2) @ values).squeeze(-2)  # (N, heads, d)
-        return attention.out((rearrange(before, "r h g d -> (r g) h d") + after).flatten(1))
+        return product.out((rearrange(before, "r h g d -> (r g) h d") + after).flatten(1))
 
 
 def _empty_like(own: Tensor, rows: int) -> Tensor:

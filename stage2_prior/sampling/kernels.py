@@ -3,15 +3,15 @@
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common import native
+from stage2_prior.sampling.settings import Precision
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-Precision = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 STORED: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from common.config import Config
 
+Precision = Literal["float32", "bfloat16", "int8", "fp8"]  # that an engine keeps a prior's weights in
+
 
 class Sampling(Config):
     temperature: float = Field(1.0, gt=0)  # below 1 sharpens, above 1 flattens
