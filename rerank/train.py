@@ -10,19 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip.loss import ClipLoss
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
+from common.errors import InputError
 from common.text import TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
 from rerank.clip import ClipReranker, new_clip
+from rerank.negatives import recombined
+from rerank.tokenizer import tokenizer_content
 
 
 class RerankerRecipe(Config):
     data: DataConfig
     text_tokenizer: Path
-    model: dict[str, Any]  # an open_clip model config: embed_dim, vision_cfg, text_cfg
+    model: dict[str, Any] = {}  # an open_clip model config: embed_dim, vision_cfg, text_cfg
+    reranker: Path | None = None  # goes on from the weights in this folder, at their sizes, instead of from random ones
+    wrong_captions: int = Field(0, ge=0)  # beside each right one, nearly right: see negatives.py
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
 
@@ -32,8 +39,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     recipe = read_recipe(RerankerRecipe, recipe_path, overrides)
     text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
     torch.manual_seed(recipe.run.seed)
-    clip = new_clip(recipe.model, text_tokenizer)
-    size = int(recipe.model["vision_cfg"]["image_size"])
+    clip = beginning(recipe, text_tokenizer)
+    size = int(clip.config["model_cfg"]["vision_cfg"]["image_size"])
     data = ImageFolder(recipe.data.folder, size, recipe.data.split, need_captions=True)
     validation = ImageFolder(
         recipe.data.folder, size, recipe.data.validation_split or recipe.data.split, need_captions=True
@@ -48,10 +55,18 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     folder = run.folder / "model"
 
     for batch in run.batches(Steps(data, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        images, tokens = batch.images.to(run.device), clip.tokenize(batch.captions).to(run.device)
+        n = len(batch.captions)
+        random = np.random.default_rng((recipe.run.seed, run.step, rank))
+        wrong = [text for _ in range(recipe.wrong_captions) for text in recombined(batch.captions, random)]
+        images, tokens = batch.images.to(run.device), clip.tokenize(batch.captions + wrong).to(run.device)
         with run.autocast():
             image_features, text_features, scale = model(clip.normalize(images), tokens)[:3]
-        loss = contrastive(image_features.float(), text_features.float(), scale)
+        image_features, text_features = image_features.float(), text_features.float()
+        loss = contrastive(image_features, text_features[:n], scale)
+        if wrong:
+            details = told_apart(image_features, text_features, same(batch.captions, wrong).to(run.device), scale)
+            run.log(details=details)
+            loss = loss + details
         run.update(optimizers, loss)
         with torch.no_grad():
             clip.model.get_parameter("logit_scale").clamp_(max=4.6052)  # ln 100, as CLIP
@@ -63,6 +78,40 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             run.log_now(**{"validation/retrieval": retrieval(reranker, validation, recipe.run.seed)})
             reranker.save_pretrained(folder, dtype=torch.float16)
     return folder
+
+
+def beginning(recipe: RerankerRecipe, text_tokenizer: TextTokenizer) -> ClipReranker:
+    """A new model, or the one that the recipe goes on from, in train mode."""
+    if recipe.reranker is None:
+        return new_clip(recipe.model, text_tokenizer)
+    if recipe.model:
+        raise InputError("reranker goes on at the sizes that it has; leave out model")
+    before = ClipReranker.from_pretrained(recipe.reranker)
+    clip = new_clip(before.config["model_cfg"], text_tokenizer)
+    if tokenizer_content(before.tokenizer) != tokenizer_content(clip.tokenizer):
+        raise InputError(
+            f"the reranker in {recipe.reranker} reads with another text tokenizer than {recipe.text_tokenizer}; "
+            "go on with the same"
+        )
+    clip.model.load_state_dict({name: weight.float() for name, weight in before.model.state_dict().items()})
+    return clip
+
+
+def same(captions: list[str], wrong: list[str]) -> Tensor:
+    """(K, N) bool: which of the K N wrong captions are the right ones after all, as where a batch has but one."""
+    return torch.tensor([text == captions[i % len(captions)] for i, text in enumerate(wrong)]).view(-1, len(captions))
+
+
+def told_apart(image_features: Tensor, text_features: Tensor, ignored: Tensor, scale: Tensor) -> Tensor:
+    """Cross entropy of each picture's right caption among its own wrong ones.
+
+    `image_features` (N, D) and `text_features` (N + K N, D), the right captions first, of unit length; `ignored` (K, N)
+    bool marks wrong captions that do not count.
+    """
+    texts = text_features.unflatten(0, (-1, len(image_features)))  # (1 + K, N, D)
+    logits = scale * torch.einsum("nd,knd->nk", image_features, texts)
+    logits = logits.masked_fill(F.pad(ignored.T, (1, 0)), float("-inf"))
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ def world(tmp_path_factory):
             "model": {"embed_dim": 8,
                       "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
                       "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1}},
+            "wrong_captions": 1,
             "run": run,
         },
         "encode": {"data": data, "image_tokenizer": str(root / "tokenizer" / "model"), "output": str(root / "codes"),
@@ -105,6 +106,26 @@ def test_killed_and_resumed_equals_uninterrupted(world, tmp_path, monkeypatch, s
     assert expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(expected[name], found[name]), name
+
+
+def test_a_reranker_goes_on_from_its_weights(world, tmp_path):
+    before = rerank.train.train(world / "reranker.yaml", [f"run.output={tmp_path}/before"])
+    recipe = yaml.safe_load((world / "reranker.yaml").read_text())
+    del recipe["model"]
+    recipe |= {"reranker": str(before), "run": recipe["run"] | {"output": str(tmp_path / "after"), "ema_decay": 0.0}}
+    (tmp_path / "after.yaml").write_text(yaml.safe_dump(recipe))
+    after = rerank.train.train(tmp_path / "after.yaml", ["run.steps=1", "optimizer.learning_rate=1e-12"])
+    expected, found = weights(before), weights(after)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        if "running" not in name and "num_batches" not in name:  # of the batches seen, not learned
+            assert torch.equal(expected[name], found[name]), name
+
+    with pytest.raises(InputError, match="leave out model"):
+        rerank.train.train(world / "reranker.yaml", [f"reranker={before}", f"run.output={tmp_path}/both"])
+    other = stage2_prior.train_text.train(world / "text.yaml", ["vocab_size=270", f"output={tmp_path}/text"])
+    with pytest.raises(InputError, match="another text tokenizer"):
+        rerank.train.train(tmp_path / "after.yaml", [f"text_tokenizer={other}", f"run.output={tmp_path}/text-run"])
 
 
 def test_codes_stay_what_they_are_once_only_the_decoder_learns(world, tmp_path):
