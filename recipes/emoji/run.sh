@@ -7,7 +7,7 @@
 #   recipes/emoji/run.sh gpu          an NVIDIA GPU, 128x128 pixels
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-size=64 reranker=() tokenizer=() prior=() names=()
+size=64 reranker=() tokenizer=() prior=() names=() details=() patches=() patch_prior=()
 if [[ ${1:-cpu} == gpu ]]; then
   size=128
   reranker=(model.vision_cfg.image_size=128 run.batch_size=1024 run.steps=6000 run.num_workers=8)
@@ -15,6 +15,10 @@ if [[ ${1:-cpu} == gpu ]]; then
     loss.perceptual_from=40000 loss.adversarial_from=40000 run.steps=60000 run.batch_size=128 run.num_workers=12)
   prior=(run.batch_size=512 run.steps=30000)
   names=(run.batch_size=512 run.steps=3000)
+  details=(run.batch_size=1024 run.steps=6000 run.num_workers=8)
+  patches=(model.image_size=128 loss.decoder_only_from=40000 loss.perceptual_from=40000 loss.adversarial_from=40000
+    run.steps=60000 run.batch_size=128 run.num_workers=12)
+  patch_prior=(run.batch_size=512 run.steps=30000)
 else
   # Two threads that a scheduler puts on one core are slower than one.
   export OMP_PROC_BIND=true OMP_PLACES=cores
@@ -33,9 +37,17 @@ tessera train prior recipes/emoji/prior_names.yaml "${names[@]}"
 # Names alone cost new skin tones and colours; between the two priors lies one that has most of both.
 python recipes/emoji/average.py runs/emoji/prior/model runs/emoji/prior-names/model runs/emoji/prior-average --share 0.6 \
   --text-tokenizer runs/emoji/text_tokenizer
-tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji/tokenizer/model \
-  --prior runs/emoji/prior-average --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker/model
+# Codes of single patches, drawn by a prior that begins with the text and the blocks of that one, from half as many
+# pictures more: so it learns what a thing looks like anywhere.
+[[ -f data/emoji-longer/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-longer --size "$size" --shares 36 24 10 30 --times 1.5
+tessera train reranker recipes/emoji/reranker_details.yaml "${details[@]}"
+tessera train tokenizer recipes/emoji/tokenizer_patches.yaml "${patches[@]}"
+tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-longer image_tokenizer=runs/emoji-patches/tokenizer/model \
+  output=runs/emoji-patches/codes
+tessera train prior recipes/emoji/prior_patches.yaml "${patch_prior[@]}"
+tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji-patches/tokenizer/model \
+  --prior runs/emoji-patches/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker-details/model
 for split in train tone gender pair; do
-  tessera evaluate tokenizer runs/emoji/tokenizer/model data/emoji --split "$split"
+  tessera evaluate tokenizer runs/emoji-patches/tokenizer/model data/emoji --split "$split"
 done
 tessera evaluate pipeline recipes/emoji/evaluate.yaml model=runs/emoji/bundle
