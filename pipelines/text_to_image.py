@@ -95,6 +95,11 @@ class Drawn(NamedTuple):
     drawn_log_probs: Tensor  # (n, T)
 
 
+def decodes_beside(device: torch.device) -> bool:
+    """Whether pictures are decoded while the next batch is drawn: not on a CPU, where each alone uses all cores."""
+    return device.type != "cpu"
+
+
 class TextToImagePipeline:
     """What `from_pretrained` loads and a call draws with."""
 
@@ -379,6 +384,10 @@ class TextToImagePipeline:
 
     def _decoded(self, batches: Iterator[list[Drawn]], job: Job) -> Iterator[list[Candidate]]:
         """Each of the drawn as pictures with scores, made by a second thread while the next batch is drawn."""
+        if not decodes_beside(self._device):
+            for batch in batches:
+                yield from (self._candidates(drawn, job, None) for drawn in batch)
+            return
         with ThreadPoolExecutor(1) as decoder:
             stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             before: list[Future[list[Candidate]]] = []  # of the batch that was decoded while this one was drawn

@@ -52,6 +52,19 @@ def test_pictures_do_not_depend_on_the_batch_size(tiny_pipeline: TextToImagePipe
     assert torch.allclose(torch.tensor(usual.scores), torch.tensor(other.scores), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_pictures_are_the_same_decoded_beside_drawing_and_in_turn(
+    tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch, beside: bool
+) -> None:
+    """As on a GPU and as on a CPU, beside one prompt and one candidate at a time."""
+    monkeypatch.setattr(text_to_image, "decodes_beside", lambda device: beside)
+    prompts = [PROMPT, "a dog"]
+    together = tiny_pipeline(prompts, num_images_per_prompt=3, num_candidates=3, batch_size=1)
+    for i, prompt in enumerate(prompts):
+        alone = tiny_pipeline(prompt, num_images_per_prompt=3, num_candidates=3, batch_size=3)
+        assert pixels(alone) == pixels(together)[3 * i : 3 * i + 3] and alone.seeds == together.seeds[3 * i : 3 * i + 3]
+
+
 def test_prompts_do_not_depend_on_each_other(tiny_pipeline: TextToImagePipeline) -> None:
     prompts = ["a dog", PROMPT, "a dog in the top left corner"]
     together = tiny_pipeline(prompts, num_images_per_prompt=2, num_candidates=4)
@@ -319,6 +332,7 @@ def test_a_prompt_is_decoded_while_the_next_is_drawn(
     tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first picture waits until the second prompt is being drawn, which it would for ever if they took turns."""
+    monkeypatch.setattr(text_to_image, "decodes_beside", lambda device: True)
     drawing_next, decode = threading.Event(), tiny_pipeline.image_tokenizer.decode
 
     def wait(codes: Tensor) -> Tensor:
