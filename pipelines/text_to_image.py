@@ -383,7 +383,7 @@ class TextToImagePipeline:
                 drawn = []
 
     def _decoded(self, batches: Iterator[list[Drawn]], job: Job) -> Iterator[list[Candidate]]:
-        """Each of the drawn as pictures with scores, made by a second thread while the next batch is drawn."""
+        """Each of the drawn as pictures with scores, made beside the drawing of the next batch or after it."""
         if not decodes_beside(self._device):
             for batch in batches:
                 yield from (self._candidates(drawn, job, None) for drawn in batch)
