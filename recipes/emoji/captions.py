@@ -6,7 +6,7 @@ typographic apostrophes become plain; capitals stay where the package has them, 
 the "flag of Switzerland", "瑞士旗", for the country alone would be a poor caption. A further name that another item
 also answers to is dropped, so that a caption means one item, whatever its capitals and hyphens.
 
-About three of four captions are English, five of eight of a plain picture, and half of those are its exact name: a
+About three of four captions are English, five of nine of a plain picture, and half of those are its exact name: a
 Chinese name is heard in fewer kinds of captions. Lists may repeat a caption to give it weight.
 """
 
@@ -173,7 +173,7 @@ def plain_captions(names: Names, random: Random) -> list[str]:
     if names.zh is None:
         return [exact] * 4 + chosen + [article]
     forms = [f"一个{names.zh}", f"{names.zh}的图片", f"{names.zh}表情", *names.zh_other, *names.zh_other]
-    return [exact] * 3 + chosen[:2] + [names.zh] * 2 + [random.choice(forms)]
+    return [exact] * 3 + chosen[:2] + [names.zh] * 3 + [random.choice(forms)]
 
 
 def background_captions(names: Names, colour: str, random: Random) -> list[str]:
