@@ -3,22 +3,21 @@
 Letters: N sequences, S new positions, L positions so far, E width, d channels of a head.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from stage2_prior.base import Cache
+from stage2_prior.fused import rms_norm
 from stage2_prior.positions import Rotation, rotate
 
 # On a CPU in bfloat16 (docs/performance-training.md): queries that are multiplied at a time, and the longest sequence
 # that is multiplied so. Torch's kernel, which keeps no scores, gains on it with the length.
 QUERIES = 160
 LONGEST_OF_PRODUCTS = 1024
-EPS = 1e-6  # of the norms
 
 
 class View(NamedTuple):
@@ -127,56 +126,3 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.baddbmm(bias, q[:, first:last], k[:, :last].transpose(1, 2), alpha=width**-0.5)
         mixed.append(scores.softmax(-1) @ v[:, :last])
     return torch.cat(mixed, dim=1).unflatten(0, (rows, heads))
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, by `rms_norm`."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
-
-
-def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """(..., d) scaled to a root mean square of `scale` (d,), in the precision of `x`.
-
-    On a CPU, for which torch has no fused kernel, forward and backward take a third of the time of torch's own; a
-    compiler does better with the operations one by one.
-    """
-    if x.device.type != "cpu" or (torch.compiler.is_compiling() and x.dtype != torch.float32):
-        return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPS)
-    if torch.compiler.is_compiling():
-        return x * _inverse(x) * scale
-    normal: Tensor = _RMSNorm.apply(x.float(), scale.float())
-    return normal.to(x.dtype)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """One over the root mean square of (..., d), (..., 1)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (norm.square() / x.shape[-1] + EPS).rsqrt()
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x r s with r = 1 / rms(x), and its gradients in few passes over memory: for gradients g of the result,
-    sum(g x r) for s, and g s r - x r^3 mean(g s x) for x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        inverse = _inverse(x)
-        ctx.save_for_backward(x, scale, inverse)
-        return (x * inverse).mul_(scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale, inverse = ctx.saved_tensors
-        product = gradient * x
-        with torch.autocast("cpu", enabled=False):  # which would round the two sums
-            rows = product.reshape(-1, x.shape[-1])
-            common = (rows @ scale).view_as(inverse) * inverse.pow(3) / x.shape[-1]
-            of_scale = inverse.reshape(-1) @ rows
-        of_x = torch.mul(gradient, scale, out=product).mul_(inverse).addcmul_(x, common, value=-1)
-        return of_x, of_scale

@@ -25,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Config
 from common.text import PAD, TextTokenizer
-from stage2_prior.attention import Attention, KeyValueCache, RMSNorm, View
+from stage2_prior.attention import Attention, KeyValueCache, View
 from stage2_prior.base import Cache, Predictions
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
+from stage2_prior.fused import RMSNorm, gelu_linear
 from stage2_prior.patterns import Pattern, arrangement, visible
 from stage2_prior.positions import Axes, rotation
 
@@ -262,10 +263,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, view: View, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), view, cache, layer))
-        return x + self.dropout(self.mlp_out(self._activate(self.mlp_in(self.mlp_norm(x)))))
+        return x + self.dropout(self._mlp(self.mlp_norm(x)))
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor) -> Tensor:
+        hidden = self.mlp_in(x)
         if not self.gated:
-            return F.gelu(x)
-        gate, value = x.chunk(2, dim=-1)
-        return F.silu(gate) * value
+            return gelu_linear(hidden, self.mlp_out)
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.mlp_out(F.silu(gate) * value)

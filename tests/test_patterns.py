@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stage2_prior import GPTConfig, GPTPrior
-from stage2_prior.attention import QUERIES, RMSNorm, View, attend, causal_products
+from stage2_prior.attention import QUERIES, View, attend, causal_products
 from stage2_prior.patterns import arrangement, visible
 from stage2_prior.positions import rotate, rotation
 
@@ -161,22 +161,7 @@ def test_swiglu_and_plain_queries_are_what_their_papers_say():
     torch.testing.assert_close(block.attention(x, View(None, None), None, 0)[0],
                                torch.cat(heads, -1) @ block.attention.out.weight.T)  # fmt: skip
     expected = (x @ w.T).sigmoid() * (x @ w.T) * (x @ v.T) @ block.mlp_out.weight.T
-    torch.testing.assert_close(block.mlp_out(block._activate(block.mlp_in(x))), expected)
-
-
-def test_the_norm_is_torch_s_and_so_are_its_gradients():
-    torch.manual_seed(0)
-    ours, torchs = RMSNorm(8), torch.nn.RMSNorm(8, eps=1e-6)
-    torch.nn.init.normal_(ours.weight)
-    torchs.load_state_dict(ours.state_dict())
-    # Of a zero vector the norm has no gradient of its own; the epsilon keeps everything finite.
-    x = torch.cat([torch.randn(3, 8), torch.zeros(1, 8), torch.randn(1, 8) * 1e-4]).requires_grad_()
-    again, weights = x.detach().clone().requires_grad_(), torch.randn(5, 8)
-    (ours(x) * weights).sum().backward()
-    (torchs(again) * weights).sum().backward()
-    torch.testing.assert_close(ours(x), torchs(again))
-    torch.testing.assert_close(x.grad, again.grad)
-    torch.testing.assert_close(ours.weight.grad, torchs.weight.grad)
+    torch.testing.assert_close(block._mlp(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from common import native
 from common.errors import InputError
-from stage2_prior.attention import Attention, RMSNorm
+from stage2_prior.attention import Attention
 from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
+from stage2_prior.fused import RMSNorm
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.kernels import KINDS

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from stage2_prior.attention import Attention, rms_norm
+from stage2_prior.attention import Attention
 from stage2_prior.base import Cache
+from stage2_prior.fused import rms_norm
 from stage2_prior.sampling.quantized import products
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTPrior

@@ -1,0 +1,97 @@
+"""Operations with gradients of their own, against torch's in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage2_prior.fused import EPS, gelu_linear, rms_norm
+
+Operation = Callable[[Tensor, Tensor], Tensor]
+
+
+def followed(operation: Operation, x: Tensor, weight: Tensor, gradient: Tensor, autocast: bool) -> list[Tensor]:
+    """The result, and the gradients of x and of the weight, all under autocast if any is."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result = operation(x, weight)
+        return [result.detach(), *torch.autograd.grad(result, (x, weight), gradient.to(result.dtype))]
+
+
+def compare(
+    ours: Operation, torchs: Operation, x: Tensor, weight: Tensor, tolerance: float, autocast: bool = False
+) -> list[Tensor]:
+    gradient = torch.randn(torchs(x, weight).shape)
+    found = followed(ours, x, weight, gradient, autocast)
+    wanted = followed(torchs, x.double(), weight.double(), gradient.double(), False)
+    for one, other in zip(found, wanted, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * scale)
+    return found
+
+
+def norm_of_torch(x: Tensor, scale: Tensor) -> Tensor:
+    return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPS)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "heads", "slice"])
+def test_the_norm_and_its_gradients_are_those_of_torch(layout: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    x = {
+        "rows": torch.randn(7, 32),
+        "heads": torch.randn(2, 5, 3, 32).transpose(1, 2),
+        "slice": torch.randn(2, 5, 96)[..., 32:64],
+    }[layout]
+    x[..., 0, :] *= 1e-4  # so small that the epsilon counts
+    x[..., 1, :] = 0  # without a direction, and yet with a gradient
+    found = compare(rms_norm, norm_of_torch, x, torch.rand(32) + 0.5, 1e-5, autocast)
+    assert {part.dtype for part in found} == {torch.float32}
+
+
+def test_in_bfloat16_the_norm_is_torch_s_to_one_rounding() -> None:
+    torch.manual_seed(0)
+    found = compare(rms_norm, norm_of_torch, torch.randn(4, 3, 32).bfloat16(), torch.rand(32) + 0.5, 2**-7)
+    assert [part.dtype for part in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def layer(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    del linear.weight
+    linear.weight = weight
+    return linear
+
+
+def test_gelu_and_a_linear_layer_in_one_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    for x in (torch.randn(2, 5, 24), torch.randn(2, 24, 5).transpose(1, 2)):
+        before = x.clone()
+        compare(
+            lambda x, weight: gelu_linear(x, layer(weight)), lambda x, weight: F.gelu(x) @ weight.T, x,
+            torch.randn(16, 24), 1e-5,
+        )  # fmt: skip
+        torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+def test_gelu_linear_under_autocast_rounds_as_autocast_does() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 16, bias=False), torch.randn(3, 24).bfloat16()
+    gradients = []
+    for function in (gelu_linear, lambda x, linear: linear(F.gelu(x))):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = function(own, linear)
+        gradients.append(torch.autograd.grad(result.float().square().sum(), (own, linear.weight)))
+    for ours, torchs in zip(*gradients, strict=True):
+        assert ours.dtype == torchs.dtype
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_gelu_linear_leaves_what_is_no_plain_layer_to_itself() -> None:
+    """An adapter in the layer's place, or a bias, is not passed over."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(3, 24), nn.Linear(24, 16)
+    for module in (linear, nn.Sequential(linear, nn.Tanh())):
+        torch.testing.assert_close(gelu_linear(x, module), module(F.gelu(x)))
