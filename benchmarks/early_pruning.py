@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
 
     split: str
     exact: Tensor  # (N,) bool
-    scores: Tensor  # (N,) the reranker's, of the finished picture
+    scores: Tensor  # (N,) that the pipeline orders finished pictures by
     log_probs: Tensor  # (N, T)
     null_log_probs: Tensor  # (N, T)
     filled: dict[int, Tensor]  # codes there were -> (N,) the reranker's score of the filled-in picture
@@ -73,6 +73,7 @@ def main() -> None:
             for position in (positions if arguments.clip else ())
         }
         images, scores = look(pipeline, requests[index].prompt, drawing.codes)
+        scores = scores + pipeline.likelihood_weight * drawing.log_probs.sum(-1)
         exact = torch.tensor([verdict.exact for verdict in judge(images, requests[index])])
         drawn.append(Prompt(requests[index].split, exact, scores, drawing.log_probs, drawing.null_log_probs, filled))
         print(f"{len(drawn)} prompts, {time.perf_counter() - start:.0f} s", end="\r", flush=True)

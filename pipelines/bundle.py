@@ -1,6 +1,6 @@
 """Bundles: a folder with all that turns a prompt into ranked pictures.
 
-    model_index.json        what belongs together: a fingerprint for each part and each file, default sampling settings
+    model_index.json        what belongs together: a fingerprint for each part and each file, and defaults of a call
     image_tokenizer/        config.json, model.safetensors
     text_tokenizer/         tokenizer.json; may be absent
     prior/                  config.json, model.safetensors
@@ -58,6 +58,9 @@ class BundleIndex(Config):
     fingerprints: Fingerprints
     files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
     sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
+    likelihood_weight: float = Field(
+        0.0, ge=0, allow_inf_nan=False
+    )  # of the prior's likelihood beside the reranker's score
 
 
 class Bundle(NamedTuple):
@@ -67,6 +70,7 @@ class Bundle(NamedTuple):
     sampling: Sampling
     fingerprint: str
     segmentation_tokenizer: Autoencoder | None
+    likelihood_weight: float
 
 
 def load_bundle(
@@ -98,7 +102,15 @@ def load_bundle(
         segmentation_tokenizer.to(device=device)  # codes are better read in full precision, and it is done once
     image_tokenizer.to(device=device, dtype=dtype)
     prior.to(device=device, dtype=dtype)
-    return Bundle(image_tokenizer, prior, reranker, index.sampling, _fingerprint(index), segmentation_tokenizer)
+    return Bundle(
+        image_tokenizer,
+        prior,
+        reranker,
+        index.sampling,
+        _fingerprint(index),
+        segmentation_tokenizer,
+        index.likelihood_weight,
+    )
 
 
 def find_bundle(name: str | Path) -> Path:
@@ -147,6 +159,7 @@ def assemble_bundle(
     reranker: str | Path | None = None,
     segmentation_tokenizer: str | Path | None = None,
     sampling: Sampling | None = None,
+    likelihood_weight: float = 0.0,
 ) -> Path:
     """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
 
@@ -166,6 +179,7 @@ def assemble_bundle(
             fingerprints=fingerprints,
             files={path.relative_to(new).as_posix(): file_hash(path) for path in sorted(new.glob("*/*"))},
             sampling=sampling or Sampling(),
+            likelihood_weight=likelihood_weight,
         )
         write_json(new / INDEX, index.model_dump(by_alias=True))
     return out
@@ -186,6 +200,7 @@ def save_bundle(
     reranker: ClipReranker | None = None,
     sampling: Sampling | None = None,
     segmentation_tokenizer: Autoencoder | None = None,
+    likelihood_weight: float = 0.0,
 ) -> Path:
     """Writes the parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
     if prior.text_tokenizer is None and prior.config.text_tokenizer_fingerprint:
@@ -208,6 +223,7 @@ def save_bundle(
             reranker=folder / "reranker" if reranker is not None else None,
             segmentation_tokenizer=folder / "segmentation_tokenizer" if segmentation_tokenizer is not None else None,
             sampling=sampling,
+            likelihood_weight=likelihood_weight,
         )
 
 

@@ -201,6 +201,10 @@ def generate(
     rerank: Annotated[
         bool, typer.Option("--rerank/--no-rerank", help="Order the pictures by how well they fit.")
     ] = True,
+    likelihood_weight: Annotated[
+        float | None,
+        typer.Option(help="Order also by the prior's log-likelihood, times this.  [default: bundle's]"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU when there is one.")] = None,
     loras: LoraOptions = None,
     replay: Annotated[Path | None, typer.Option(help="Draw this PNG of ours again, instead of a prompt.")] = None,
@@ -245,6 +249,7 @@ def generate(
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule and guidance_schedule.value,
         negative_prompt=negative_prompt,
+        likelihood_weight=likelihood_weight,
         top_of=top_of,
         top_rows=top_rows,
         image=image,
@@ -520,6 +525,9 @@ def bundle(
     min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     guidance_schedule: Annotated[Schedule | None, typer.Option(help="Likewise.")] = None,
+    likelihood_weight: Annotated[
+        float, typer.Option(min=0, help="Pictures are also ordered by the prior's log-likelihood, times this.")
+    ] = 0.0,
 ) -> None:
     """Put trained parts together into one folder that draws, and check that they belong together."""
     from common.config import validate
@@ -542,6 +550,7 @@ def bundle(
         reranker=reranker,
         segmentation_tokenizer=segmentation_tokenizer,
         sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
+        likelihood_weight=likelihood_weight,
     )
     print(out)
 

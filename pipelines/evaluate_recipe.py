@@ -26,6 +26,7 @@ class EvaluationRecipe(Config):
     num_candidates: int = Field(16, ge=1)  # drawn and ranked for each prompt
     seed: int = Field(0, ge=0)  # of the first candidate of every prompt
     sampling: dict[str, Any] = {}  # changes to the bundle's settings
+    likelihood_weight: float | None = Field(None, ge=0, allow_inf_nan=False)  # of the prior's likelihood; the bundle's
     batch_size: int = Field(4, ge=1)  # prompts drawn together
     limit: int | None = Field(None, ge=1)  # prompts of each split, evenly spaced; all of them when None
     device: str | None = None
@@ -48,6 +49,8 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
     if pipeline.reranker is None:
         raise InputError(f"the bundle {recipe.model} has no reranker, so there is no choice to measure; add one")
     sampling = pipeline.settings(**recipe.sampling)
+    if recipe.likelihood_weight is not None:
+        pipeline.likelihood_weight = recipe.likelihood_weight
     evaluation = evaluate_pipeline(
         drawing_with(pipeline, recipe.num_candidates, sampling),
         requests,
@@ -58,6 +61,7 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
             "reranker": index.fingerprints.reranker,
             "num_candidates": recipe.num_candidates,
             "sampling": sampling.model_dump(),
+            "likelihood_weight": pipeline.likelihood_weight,
         },
         seed=recipe.seed,
         batch_size=recipe.batch_size,

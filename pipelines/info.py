@@ -103,6 +103,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "written_by": f"tessera {index.tessera_version}",
         "parameters": sum(part.get("parameters", 0) for part in parts.values()),
         "sampling": index.sampling.model_dump(),
+        "likelihood_weight": index.likelihood_weight,
         "fingerprints": index.fingerprints.model_dump(),
         **parts,
     }

@@ -37,6 +37,7 @@ def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str
             prior=prior,
             reranker=reranker,
             sampling=index.sampling,
+            likelihood_weight=index.likelihood_weight,
         )
 
 

@@ -77,12 +77,17 @@ class Job(NamedTuple):
     seeds: Sequence[int]  # of each prompt
     sampling: Sampling
     reranker: Reranker | None  # that orders
+    likelihood_weight: float  # of log p(codes | prompt) beside its score
     rows: int  # candidates drawn at once
     null: Tensor | None  # (1, P), the negative prompt's prefix
     first_codes: Tensor  # (n,)
     plan: Plan | None  # of early pruning
     judge: Reranker | None  # that early pruning goes by; None for the prior itself
-    scored: bool  # log-probabilities are wanted
+    scored: bool  # log-probabilities are returned
+
+    @property
+    def ranked_by_likelihood(self) -> bool:
+        return self.reranker is not None and self.likelihood_weight > 0
 
 
 class Drawn(NamedTuple):
@@ -111,14 +116,14 @@ class TextToImagePipeline:
         sampling: Sampling | None = None,
         fingerprint: str | None = None,
         segmentation_tokenizer: Autoencoder | None = None,
+        likelihood_weight: float = 0.0,
     ) -> None:
-        """`sampling` is what a call draws with unless told otherwise; `fingerprint` is the bundle's, None without.
-
-        A prior that draws from segmentation maps needs the tokenizer of these.
+        """`sampling` and `likelihood_weight` are what a call takes unless told otherwise; `fingerprint` is the
+        bundle's, None without. A prior that draws from segmentation maps needs the tokenizer of these.
         """
         self.image_tokenizer, self.prior, self.reranker = image_tokenizer, prior, reranker
         self.sampling, self.fingerprint = sampling or Sampling(), fingerprint
-        self.segmentation_tokenizer = segmentation_tokenizer
+        self.segmentation_tokenizer, self.likelihood_weight = segmentation_tokenizer, likelihood_weight
         self.loras = Loras(prior)
 
     @classmethod
@@ -144,7 +149,15 @@ class TextToImagePipeline:
             )
         if not isinstance(self.reranker, ClipReranker | None):
             raise InputError(f"a {type(self.reranker).__name__} cannot be saved in a bundle, only a ClipReranker can")
-        save_bundle(folder, self.image_tokenizer, self.prior, self.reranker, self.sampling, self.segmentation_tokenizer)
+        save_bundle(
+            folder,
+            self.image_tokenizer,
+            self.prior,
+            self.reranker,
+            self.sampling,
+            self.segmentation_tokenizer,
+            self.likelihood_weight,
+        )
 
     def load_lora_weights(self, folder: str | Path, weight: float = 1.0) -> None:
         """Draws with `weight` times the LoRA in a folder or of a hub name from now on, beside those loaded before.
@@ -182,6 +195,7 @@ class TextToImagePipeline:
         known_codes: Tensor | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         rerank: bool = True,
+        likelihood_weight: float | None = None,
         candidate_budget: float | None = None,
         prune_by: Literal["likelihood", "reranker"] = "likelihood",
         log_probs: bool = False,
@@ -195,15 +209,18 @@ class TextToImagePipeline:
         `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1 and min_p 0.
         `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
         first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `known_codes` (T,) are all codes
-        of every picture, -1 for those that are drawn, as `codes_outside` gives them. `candidate_budget` (below 1) is
-        the share of the codes of all candidates that may be drawn: the least promising, by the prior's own likelihood
-        or by the reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`. `log_probs` returns those of the
-        codes. `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is
-        checked before the first is drawn.
+        of every picture, -1 for those that are drawn, as `codes_outside` gives them. Pictures are ordered by the
+        reranker's score plus `likelihood_weight`, by default the bundle's, times log p(codes | prompt) in nats, the
+        prior's own without guidance or filters; `scores` are these sums. `candidate_budget` (below 1) is the share of
+        the codes of all candidates that may be drawn: the least promising, by the prior's own likelihood or by the
+        reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`. `log_probs` returns those of the codes.
+        `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is checked
+        before the first is drawn.
 
         Warns (InputWarning) of a prompt that is too long and cut, saying what was left out, and of guidance on a prior
         that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
-        counts, seeds, codes or sampling out of range; a negative prompt without guidance; more than fits in memory.
+        counts, seeds, codes, sampling or weights out of range; a negative prompt without guidance; more than fits in
+        memory.
         """
         streamed = self.stream(
             prompt,
@@ -221,6 +238,7 @@ class TextToImagePipeline:
             known_codes=known_codes,
             sampling=sampling,
             rerank=rerank,
+            likelihood_weight=likelihood_weight,
             candidate_budget=candidate_budget,
             prune_by=prune_by,
             log_probs=log_probs,
@@ -265,6 +283,7 @@ class TextToImagePipeline:
         known_codes: Tensor | Sequence[int] | None = None,
         sampling: Sampling | None = None,
         rerank: bool = True,
+        likelihood_weight: float | None = None,
         candidate_budget: float | None = None,
         prune_by: Literal["likelihood", "reranker"] = "likelihood",
         log_probs: bool = False,
@@ -298,6 +317,7 @@ class TextToImagePipeline:
             seeds,
             settings,
             self.reranker if rerank else None,
+            self._likelihood_weight(likelihood_weight),
             self._rows(len(prompts), len(seeds), settings, batch_size),
             self._null(negative_prompt, settings),
             given,
@@ -426,7 +446,8 @@ class TextToImagePipeline:
                 )
                 own_seeds = [[seeds[i] for i in row] for row in chosen.tolist()]
             else:
-                sampled = sample_scored(job.prior, prefix, every, job.sampling, report, scored=job.scored, **given)
+                scored = job.scored or job.ranked_by_likelihood
+                sampled = sample_scored(job.prior, prefix, every, job.sampling, report, scored=scored, **given)
                 own_seeds = [list(seeds)] * len(texts)
             parts = [part.view(len(texts), -1, length).unbind() for part in sampled]  # each (n, T), prompt by prompt
             yield [Drawn(*prompt) for prompt in zip(texts, own_seeds, *parts, strict=True)]
@@ -438,7 +459,10 @@ class TextToImagePipeline:
             images = self._decode(codes)  # (n, 3, H, W)
             scores = [None] * len(codes)
             if job.reranker is not None:
-                scores = job.reranker.score(drawn.prompt, images, codes).tolist()
+                fits = job.reranker.score(drawn.prompt, images, codes)
+                if job.ranked_by_likelihood:
+                    fits = fits + job.likelihood_weight * drawn.log_probs.sum(-1).to(fits.device)
+                scores = fits.tolist()
             parts = to_pil(images), scores, drawn.seeds, codes.cpu(), drawn.log_probs.cpu(), drawn.drawn_log_probs.cpu()
             return [Candidate(*one) for one in zip(*parts, strict=True)]
 
@@ -516,6 +540,13 @@ class TextToImagePipeline:
         if (missing.any(0) != missing.all(0)).any():
             raise InputError("known_codes must have all codebooks of a position or none of them")
         return GapsPrior(self.prior, grid, ~missing[0])
+
+    def _likelihood_weight(self, weight: float | None) -> float:
+        """The pipeline's own for None. Raises InputError for one that is not a finite number from 0 on."""
+        weight = self.likelihood_weight if weight is None else weight
+        if not isinstance(weight, float | int) or not 0 <= weight < math.inf:
+            raise InputError(f"likelihood_weight must be a finite number from 0 on, got {weight}")
+        return float(weight)
 
     def _plan(
         self, budget: float | None, by: str, candidates: int, length: int, given: int, sampling: Sampling

@@ -90,13 +90,16 @@ def test_a_bundle_without_a_reranker(tiny_parts: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle" / "reranker").exists()
 
 
-def test_a_pipeline_is_saved_as_a_bundle(tiny_pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+def test_a_pipeline_is_saved_as_a_bundle(
+    tiny_pipeline: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_pipeline, "likelihood_weight", 0.25)
     tiny_pipeline.save_pretrained(tmp_path / "saved")
     again = TextToImagePipeline.from_pretrained(tmp_path / "saved", device="cpu")
     first, second = tiny_pipeline("a cat", num_candidates=3), again("a cat", num_candidates=3)
     assert first.scores == second.scores and first.seeds == second.seeds
     assert [image.tobytes() for image in first.images] == [image.tobytes() for image in second.images]
-    assert again.sampling == tiny_pipeline.sampling
+    assert again.sampling == tiny_pipeline.sampling and again.likelihood_weight == 0.25
 
 
 def test_an_older_bundle_is_replaced_and_nothing_else(tiny_parts: Path, copied: Path, tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_replay_draws_the_picture_again(tiny_bundle: Path, tiny_parts: Path, tmp
         tmp_path / "other",
         **{part: tiny_parts / part for part in ("image_tokenizer", "text_tokenizer", "prior")},
         sampling=Sampling(temperature=0.1, top_k=1, top_p=0.5),
+        likelihood_weight=1.0,
     )
     assert replay(picture.path, tmp_path / "third", model=other, device="cpu").identical
 

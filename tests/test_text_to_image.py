@@ -94,6 +94,28 @@ def test_scores_are_those_of_the_pictures(tiny_pipeline: TextToImagePipeline, ti
     assert torch.allclose(torch.tensor(generated.scores), tiny_clip.score(PROMPT, generated.images), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_the_likelihood_of_the_codes_counts_in_the_order(
+    tiny_pipeline: TextToImagePipeline, tiny_clip: ClipReranker, budget: float | None
+) -> None:
+    count: dict[str, Any] = {"num_images_per_prompt": 4, "num_candidates": 12, "candidate_budget": budget}
+    ranked = tiny_pipeline(PROMPT, likelihood_weight=0.5, log_probs=True, **count)
+    prior, images = tiny_pipeline.prior, tiny_pipeline.image_tokenizer.decode(ranked.codes)
+    logits = prior(prior.prefix([PROMPT]).expand(4, -1), flatten_codes(ranked.codes)).log_softmax(-1)
+    likelihood = logits.gather(-1, flatten_codes(ranked.codes)[..., None]).sum((1, 2))
+    torch.testing.assert_close(
+        torch.tensor(ranked.scores), tiny_clip.score(PROMPT, images) + 0.5 * likelihood, rtol=1e-4, atol=1e-3
+    )
+    assert ranked.scores == sorted(ranked.scores or [], reverse=True)
+    plain = tiny_pipeline(PROMPT, **count)
+    assert ranked.seeds != plain.seeds and ranked.log_probs is not None and plain.log_probs is None
+
+    own = TextToImagePipeline(tiny_pipeline.image_tokenizer, prior, tiny_clip, tiny_pipeline.sampling, None, None, 0.5)
+    assert own(PROMPT, **count).seeds == ranked.seeds and own(PROMPT, **count).log_probs is None
+    assert own(PROMPT, likelihood_weight=0, **count).seeds == plain.seeds
+    assert own(PROMPT, num_candidates=2, rerank=False).scores is None
+
+
 def test_pictures_are_the_sampled_codes_decoded(tiny_pipeline: TextToImagePipeline) -> None:
     """The pipeline against its parts, called one by one."""
     generated = tiny_pipeline(PROMPT, num_images_per_prompt=3, num_candidates=3, rerank=False)
@@ -439,6 +461,8 @@ def test_good_prompts(prompt: str) -> None:
         ({"first_codes": [0.5]}, "first_codes must be (n,) whole numbers"),
         ({"first_codes": [[1, 2]]}, "first_codes must be (n,) whole numbers, got (1, 2)"),
         ({"first_codes": ["x"]}, "first_codes must be whole numbers"),
+        ({"likelihood_weight": -1}, "likelihood_weight must be a finite number from 0 on, got -1"),
+        ({"likelihood_weight": float("inf")}, "likelihood_weight must be a finite number from 0 on, got inf"),
         ({"candidate_budget": 0}, "candidate_budget must be above 0 and at most 1, got 0"),
         ({"candidate_budget": 1.5}, "candidate_budget must be above 0 and at most 1, got 1.5"),
         ({"candidate_budget": float("nan")}, "candidate_budget must be above 0 and at most 1, got nan"),
