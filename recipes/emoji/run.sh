@@ -39,13 +39,14 @@ python recipes/emoji/average.py runs/emoji/prior/model runs/emoji/prior-names/mo
   --text-tokenizer runs/emoji/text_tokenizer
 # Codes of single patches, drawn by a prior that begins with the text and the blocks of that one, from half as many
 # pictures more: so it learns what a thing looks like anywhere.
-[[ -f data/emoji-longer/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-longer --size "$size" --shares 36 24 10 30 --times 1.5
+[[ -f data/emoji-longer/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-longer --size "$size" --shares 44 27 8 21 --times 1.5
 tessera train reranker recipes/emoji/reranker_details.yaml "${details[@]}"
 tessera train tokenizer recipes/emoji/tokenizer_patches.yaml "${patches[@]}"
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-longer image_tokenizer=runs/emoji-patches/tokenizer/model \
   output=runs/emoji-patches/codes
 tessera train prior recipes/emoji/prior_patches.yaml "${patch_prior[@]}"
-tessera bundle runs/emoji/bundle --guidance-scale 2 --temperature 0.6 --image-tokenizer runs/emoji-patches/tokenizer/model \
+tessera bundle runs/emoji/bundle --guidance-scale 1.5 --temperature 0.6 --likelihood-weight 0.004 \
+  --image-tokenizer runs/emoji-patches/tokenizer/model \
   --prior runs/emoji-patches/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker-details/model
 for split in train tone gender pair; do
   tessera evaluate tokenizer runs/emoji-patches/tokenizer/model data/emoji --split "$split"
