@@ -133,7 +133,7 @@ def test_captions_are_in_two_languages(world: World, trained: list[Scene]) -> No
             assert said.count(world.names[scene.glyphs[0][0]].en) >= 3
         if scene.background:
             assert all(f" {scene.background} background" in caption for caption in said)
-    assert english["plain"] / total["plain"] == pytest.approx(5 / 8, abs=0.02)
+    assert english["plain"] / total["plain"] == pytest.approx(5 / 9, abs=0.02)
     assert all(0.7 < english[kind] / total[kind] < 0.8 for kind in ("background", "small", "pair"))
 
 
