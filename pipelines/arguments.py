@@ -1,5 +1,6 @@
-"""What a call of the pipeline is given, checked before anything is drawn: prompts, seeds, counts."""
+"""What a call of the pipeline is given, checked before anything is drawn: prompts, seeds, counts, weights."""
 
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,13 @@ def check_keep(num_images: int | None, num_candidates: int, finished: int | None
             f"{keep:,}; ask for fewer pictures, more candidates or a larger budget"
         )
     return keep
+
+
+def check_likelihood_weight(weight: float) -> float:
+    """Raises InputError unless the weight of the prior's likelihood is a finite number from 0 on."""
+    if not isinstance(weight, float | int) or not 0 <= weight < math.inf:
+        raise InputError(f"likelihood_weight must be a finite number from 0 on, got {weight}")
+    return float(weight)
 
 
 def whole_number(name: str, value: int, least: int = 1) -> int:

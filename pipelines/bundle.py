@@ -28,6 +28,7 @@ from common.config import Config, validate
 from common.errors import InputError, nearest
 from common.text import TextTokenizer
 from common.weights import find_folder, fingerprint, new_folder, write_json
+from pipelines.arguments import check_likelihood_weight
 from rerank.clip import WEIGHT_FILE, ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
@@ -58,9 +59,7 @@ class BundleIndex(Config):
     fingerprints: Fingerprints
     files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
     sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
-    likelihood_weight: float = Field(
-        0.0, ge=0, allow_inf_nan=False
-    )  # of the prior's likelihood beside the reranker's score
+    likelihood_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # in the order of pictures, likewise
 
 
 class Bundle(NamedTuple):
@@ -179,7 +178,7 @@ def assemble_bundle(
             fingerprints=fingerprints,
             files={path.relative_to(new).as_posix(): file_hash(path) for path in sorted(new.glob("*/*"))},
             sampling=sampling or Sampling(),
-            likelihood_weight=likelihood_weight,
+            likelihood_weight=check_likelihood_weight(likelihood_weight),
         )
         write_json(new / INDEX, index.model_dump(by_alias=True))
     return out

@@ -18,7 +18,14 @@ from torch import Tensor
 from common.config import validate
 from common.errors import InputError, InputWarning
 from common.images import fit, to_pil, to_tensor, white_cells
-from pipelines.arguments import check_keep, check_prompt, check_prompts, check_seeds, whole_number
+from pipelines.arguments import (
+    check_keep,
+    check_likelihood_weight,
+    check_prompt,
+    check_prompts,
+    check_seeds,
+    whole_number,
+)
 from pipelines.bundle import load_bundle, save_bundle
 from pipelines.conditions import prompt_prefix
 from pipelines.machine import find_device, free_memory
@@ -317,7 +324,7 @@ class TextToImagePipeline:
             seeds,
             settings,
             self.reranker if rerank else None,
-            self._likelihood_weight(likelihood_weight),
+            check_likelihood_weight(self.likelihood_weight if likelihood_weight is None else likelihood_weight),
             self._rows(len(prompts), len(seeds), settings, batch_size),
             self._null(negative_prompt, settings),
             given,
@@ -540,13 +547,6 @@ class TextToImagePipeline:
         if (missing.any(0) != missing.all(0)).any():
             raise InputError("known_codes must have all codebooks of a position or none of them")
         return GapsPrior(self.prior, grid, ~missing[0])
-
-    def _likelihood_weight(self, weight: float | None) -> float:
-        """The pipeline's own for None. Raises InputError for one that is not a finite number from 0 on."""
-        weight = self.likelihood_weight if weight is None else weight
-        if not isinstance(weight, float | int) or not 0 <= weight < math.inf:
-            raise InputError(f"likelihood_weight must be a finite number from 0 on, got {weight}")
-        return float(weight)
 
     def _plan(
         self, budget: float | None, by: str, candidates: int, length: int, given: int, sampling: Sampling

@@ -35,8 +35,9 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
         return F.rms_norm(x, scale.shape, scale.to(x.dtype), eps=EPS)
     if torch.compiler.is_compiling():
         return x * _inverse(x) * scale
-    normal: Tensor = _RMSNorm.apply(x.float(), scale.float())
-    return normal.to(x.dtype)
+    computed = torch.promote_types(x.dtype, torch.float32)
+    normed: Tensor = _RMSNorm.apply(x.to(computed), scale.to(computed))
+    return normed.to(x.dtype)
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -86,12 +87,13 @@ class _GELULinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, active = gradient.reshape(-1, gradient.shape[-1]), F.gelu(x)
-        memory = active.view(-1, x.shape[-1])
+        rows, active = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype), F.gelu(x)
+        memory, of_weight = active.view(-1, x.shape[-1]), None
         with torch.autocast("cpu", enabled=False):
-            of_weight = (rows.T @ memory).to(weight.dtype)
+            if ctx.needs_input_grad[1]:  # not of a base that an adapter is trained on
+                of_weight = (rows.T @ memory).to(weight.dtype)
             torch.mm(rows, weight.to(x.dtype), out=memory)  # the activation is not needed any more
         torch.ops.aten.gelu_backward.grad_input(active, x, grad_input=active)
         return active, of_weight

@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +102,14 @@ def test_a_pipeline_is_saved_as_a_bundle(
     assert first.scores == second.scores and first.seeds == second.seeds
     assert [image.tobytes() for image in first.images] == [image.tobytes() for image in second.images]
     assert again.sampling == tiny_pipeline.sampling and again.likelihood_weight == 0.25
+
+
+def test_a_bundle_with_a_wrong_weight_is_not_written(tiny_parts: Path, tmp_path: Path) -> None:
+    parts: dict[str, Any] = dict(folders(tiny_parts))
+    for weight in (-1.0, float("inf"), float("nan")):
+        call = partial(assemble_bundle, tmp_path / "new", **parts, likelihood_weight=weight)
+        assert "likelihood_weight must be a finite number from 0 on" in refusal(call)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_older_bundle_is_replaced_and_nothing_else(tiny_parts: Path, copied: Path, tmp_path: Path) -> None:

@@ -614,6 +614,7 @@ def test_a_pipeline_is_measured_and_goes_on(ran: Ran, refused: Refused, evaluati
     assert again["splits"] == figures["splits"] and again["images_per_second"] is None
     assert "seen" in ran("evaluate", "pipeline", evaluation)
     assert "with other settings" in refused("evaluate", "pipeline", evaluation, "sampling.temperature=0.5")
+    assert "with other settings" in refused("evaluate", "pipeline", evaluation, "likelihood_weight=0.5")
 
 
 def test_a_wrong_evaluation_is_refused(refused: Refused, evaluation: Path, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def test_the_norm_and_its_gradients_are_those_of_torch(layout: str, autocast: bo
     assert {part.dtype for part in found} == {torch.float32}
 
 
+def test_in_float64_the_norm_keeps_its_precision() -> None:
+    torch.manual_seed(0)
+    compare(rms_norm, norm_of_torch, torch.randn(4, 32).double(), torch.rand(32).double(), 1e-12)
+
+
 def test_in_bfloat16_the_norm_is_torch_s_to_one_rounding() -> None:
     torch.manual_seed(0)
     found = compare(rms_norm, norm_of_torch, torch.randn(4, 3, 32).bfloat16(), torch.rand(32) + 0.5, 2**-7)
@@ -75,9 +80,10 @@ def test_gelu_and_a_linear_layer_in_one_are_those_of_torch() -> None:
         torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-def test_gelu_linear_under_autocast_rounds_as_autocast_does() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gelu_linear_under_autocast_rounds_as_autocast_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    linear, x = nn.Linear(24, 16, bias=False), torch.randn(3, 24).bfloat16()
+    linear, x = nn.Linear(24, 16, bias=False), torch.randn(3, 24, dtype=dtype)
     gradients = []
     for function in (gelu_linear, lambda x, linear: linear(F.gelu(x))):
         own = x.clone().requires_grad_()
@@ -86,7 +92,16 @@ def test_gelu_linear_under_autocast_rounds_as_autocast_does() -> None:
         gradients.append(torch.autograd.grad(result.float().square().sum(), (own, linear.weight)))
     for ours, torchs in zip(*gradients, strict=True):
         assert ours.dtype == torchs.dtype
-        torch.testing.assert_close(ours, torchs)
+        torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=2**-7 * float(torchs.abs().max()))
+
+
+def test_a_layer_that_is_not_trained_gets_no_gradient_and_passes_one_on() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 16, bias=False).requires_grad_(False), torch.randn(3, 24, requires_grad=True)
+    gelu_linear(x, linear).square().sum().backward()
+    assert x.grad is not None and linear.weight.grad is None
+    (wanted,) = torch.autograd.grad(linear(F.gelu(x)).square().sum(), x)
+    torch.testing.assert_close(x.grad, wanted)
 
 
 def test_gelu_linear_leaves_what_is_no_plain_layer_to_itself() -> None:

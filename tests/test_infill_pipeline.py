@@ -38,9 +38,10 @@ def bundle(tiny_parts: Path, tiny_text_tokenizer: TextTokenizer, tmp_path_factor
     for weight in prior.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     prior.save_pretrained(folder / "prior")
-    parts = {part: tiny_parts / part for part in ("image_tokenizer", "text_tokenizer", "reranker")}
-    sampling = Sampling(top_k=20, guidance_scale=2.0)
-    return assemble_bundle(folder / "bundle", **parts, prior=folder / "prior", sampling=sampling, likelihood_weight=0.0)
+    parts: dict[str, Any] = {part: tiny_parts / part for part in ("image_tokenizer", "text_tokenizer", "reranker")}
+    return assemble_bundle(
+        folder / "bundle", **parts, prior=folder / "prior", sampling=Sampling(top_k=20, guidance_scale=2.0)
+    )
 
 
 @pytest.fixture(scope="module")
