@@ -183,6 +183,10 @@ def generate(
         Schedule | None,
         typer.Option(help="From 1 at the first code up to the scale, or always it.  [default: bundle's]"),
     ] = None,
+    plausibility: Annotated[
+        float | None,
+        typer.Option(help="Guidance chooses among codes of p times the likeliest's probability.  [default: bundle's]"),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance steers away from.")] = None,
     top_of: Annotated[Path | None, typer.Option(help="A picture whose top is kept and continued.")] = None,
     top_rows: Annotated[int | None, typer.Option(help="Rows of its codes to keep.  [default: half]")] = None,
@@ -248,6 +252,7 @@ def generate(
         min_p=min_p,
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule and guidance_schedule.value,
+        plausibility=plausibility,
         negative_prompt=negative_prompt,
         likelihood_weight=likelihood_weight,
         top_of=top_of,
@@ -525,6 +530,7 @@ def bundle(
     min_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     guidance_schedule: Annotated[Schedule | None, typer.Option(help="Likewise.")] = None,
+    plausibility: Annotated[float | None, typer.Option(help="Likewise.")] = None,
     likelihood_weight: Annotated[
         float, typer.Option(min=0, help="Pictures are also ordered by the prior's log-likelihood, times this.")
     ] = 0.0,
@@ -541,6 +547,7 @@ def bundle(
         "min_p": min_p,
         "guidance_scale": guidance_scale,
         "guidance_schedule": guidance_schedule and guidance_schedule.value,
+        "plausibility": plausibility,
     }
     assemble_bundle(
         out,

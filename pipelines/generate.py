@@ -119,11 +119,11 @@ def generate(
 ) -> Report:
     """Draws `num_candidates` for each prompt and writes the best `num_images` (4) into the folder `output`.
 
-    `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule
-    and likelihood_weight, by default the bundle's; negative_prompt, candidate_budget and prune_by. `top_of` is a
-    picture of which the upper `top_rows` of codes (half) stay; of the picture `image` all stays but what is white in
-    `mask`. `precision` is what the prior's weights are kept in (`set_precision`). `loras` are folders with their
-    weights.
+    `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale,
+    guidance_schedule, plausibility and likelihood_weight, by default the bundle's; negative_prompt, candidate_budget
+    and prune_by. `top_of` is a picture of which the upper `top_rows` of codes (half) stay; of the picture `image` all
+    stays but what is white in `mask`. `precision` is what the prior's weights are kept in (`set_precision`). `loras`
+    are folders with their weights.
     All prompts use the same seeds. `sheet` adds a contact sheet of all finished candidates with their scores.
     Everything is checked before the first picture is drawn, and a file is written whole or not at all. Raises
     InputError.

@@ -197,6 +197,7 @@ class TextToImagePipeline:
         min_p: float | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
+        plausibility: float | None = None,
         negative_prompt: str | None = None,
         first_codes: Tensor | Sequence[int] | None = None,
         known_codes: Tensor | Sequence[int] | None = None,
@@ -213,7 +214,8 @@ class TextToImagePipeline:
 
         A prompt is text, or, where the prior draws from these, a `ClassLabel` or `SegmentationMap` of conditions.py.
         Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. What of
-        `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1 and min_p 0.
+        `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1, min_p 0 and
+        plausibility 0.
         `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
         first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `known_codes` (T,) are all codes
         of every picture, -1 for those that are drawn, as `codes_outside` gives them. Pictures are ordered by the
@@ -240,6 +242,7 @@ class TextToImagePipeline:
             min_p=min_p,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
+            plausibility=plausibility,
             negative_prompt=negative_prompt,
             first_codes=first_codes,
             known_codes=known_codes,
@@ -285,6 +288,7 @@ class TextToImagePipeline:
         min_p: float | None = None,
         guidance_scale: float | None = None,
         guidance_schedule: str | None = None,
+        plausibility: float | None = None,
         negative_prompt: str | None = None,
         first_codes: Tensor | Sequence[int] | None = None,
         known_codes: Tensor | Sequence[int] | None = None,
@@ -311,6 +315,7 @@ class TextToImagePipeline:
             min_p=min_p,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
+            plausibility=plausibility,
         )
         given = check_first_codes(self.prior, whole_numbers("first_codes", first_codes))
         prior = self.prior
@@ -347,7 +352,7 @@ class TextToImagePipeline:
         for name, value in given.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value}")
-        given |= {name: None for name in ("top_k", "min_p") if given.get(name) == 0}
+        given |= {name: None for name in ("top_k", "min_p", "plausibility") if given.get(name) == 0}
         return validate(Sampling, {**(sampling or self.sampling).model_dump(), **given}, where="sampling")
 
     def infill(self, image: Image.Image, mask: Image.Image, prompt: str | Sequence[str], **drawing: Any) -> Generated:

@@ -70,6 +70,7 @@ def test_what_is_written(
             "min_p": None,
             "guidance_scale": 2.0,
             "guidance_schedule": "constant",
+            "plausibility": None,
         }
         assert origin["bundle"] == bundle_fingerprint(tiny_bundle) and origin["version"]
         assert str(tmp_path) not in json.dumps(origin) and origin["model"] == "tiny"
@@ -188,6 +189,7 @@ def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None
         min_p=0.05,
         guidance_scale=3.0,
         guidance_schedule="linear",
+        plausibility=0.2,
         negative_prompt="a dog",
         top_of=top,
         candidate_budget=0.6,
@@ -197,6 +199,7 @@ def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None
     for picture in report.prompts[0].images:
         origin = read_origin(picture.path)
         assert origin["sampling"]["min_p"] == 0.05 and origin["sampling"]["guidance_schedule"] == "linear"
+        assert origin["sampling"]["plausibility"] == 0.2
         assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 8
         assert picture.log_prob is not None and picture.drawn_log_prob is not None
         assert origin["log_prob"] == picture.log_prob < 0 and picture.drawn_log_prob < 0

@@ -29,8 +29,9 @@ def compiler():
         Sampling(top_k=1),
         Sampling(guidance_scale=3),
         Sampling(temperature=0.5, top_k=5, guidance_scale=2, guidance_schedule="linear"),
+        Sampling(guidance_scale=3, plausibility=0.3),
     ],
-    ids=["plain", "greedy", "guided", "guided and filtered"],
+    ids=["plain", "greedy", "guided", "guided and filtered", "plausible"],
 )
 def test_it_draws_what_plain_sampling_draws(code_shape, sampling):
     prior = make_prior(code_shape)

@@ -15,7 +15,15 @@ from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
 TEXTS = ["a red heart", "a blue circle above a cat"]
 SETTINGS = [
     Sampling(),
-    Sampling(temperature=0.7, top_k=6, top_p=0.95, min_p=0.02, guidance_scale=2.5, guidance_schedule="linear"),
+    Sampling(
+        temperature=0.7,
+        top_k=6,
+        top_p=0.95,
+        min_p=0.02,
+        guidance_scale=2.5,
+        guidance_schedule="linear",
+        plausibility=0.05,
+    ),
 ]
 
 
@@ -49,6 +57,19 @@ def test_min_p_keeps_what_is_near_the_likeliest():
     assert kept[0].tolist() == [True, True, False, False]
 
 
+def test_plausible_codes_are_likely_without_guidance():
+    """By hand: the ratios of conditional to unconditional are 0.8, 1.5, 2 and 3, so guidance prefers the last; only the
+    first two have a quarter of the likeliest one's conditional probability."""
+    conditional = torch.tensor([[0.64, 0.3, 0.04, 0.02]])
+    unconditional = torch.tensor([[0.8, 0.2, 0.02, 0.02 / 3]])
+    guided = guide(conditional.log(), unconditional.log(), 5.0)
+    assert guided.argmax(-1).tolist() == [3] and guided.isfinite().all()
+    chosen = guide(conditional.log(), unconditional.log(), 5.0, plausibility=0.25)
+    assert torch.equal(chosen[:, :2], guided[:, :2]) and chosen[0, 2:].tolist() == [-torch.inf] * 2
+    # At 1 the likeliest of the prompt itself is all that is left, whatever the scale.
+    assert guide(conditional.log(), unconditional.log(), 50.0, plausibility=1.0).argmax(-1).tolist() == [0]
+
+
 def test_filters_follow_their_order():
     """Top-p counts only what top-k left: 0.5 of 0.5 + 0.3 is 0.625, which is not yet 0.63 but more than 0.6."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
@@ -80,7 +101,10 @@ def uncached(prior, prefix, null, seeds, sampling, first_codes):
     for t in range(prior.length):
         logits = prior(prefix, codes)[:, t]
         if sampling.guidance_scale != 1:
-            logits = guide(logits, prior(null, codes)[:, t], guidance_at(sampling, t, prior.length))
+            conditional, unconditional = logits.softmax(-1), prior(null, codes)[:, t].softmax(-1)
+            implausible = conditional < sampling.plausibility * conditional.amax(-1, keepdim=True)
+            ratio = (conditional / unconditional) ** guidance_at(sampling, t, prior.length)
+            logits = (unconditional * ratio).log().masked_fill(implausible, -torch.inf)
         logits = filter_logits(logits, sampling)
         drawn = draw(logits, generators)
         if t < len(first_codes):

@@ -173,6 +173,7 @@ EVERYTHING: dict[str, Any] = {
     "min_p": 0.01,
     "guidance_scale": 3.0,
     "guidance_schedule": "cosine",
+    "plausibility": 0.01,
     "negative_prompt": "a dog",
     "first_codes": [3, 1, 4, 1, 5],
 }
@@ -186,7 +187,7 @@ def test_everything_at_once_depends_on_the_seed_alone(tiny_pipeline: TextToImage
         assert codes.flatten()[:5].tolist() == [3, 1, 4, 1, 5]
     for change in EVERYTHING:
         without = {name: value for name, value in EVERYTHING.items() if name != change}
-        if change in ("top_k", "top_p", "min_p"):  # which may leave alone what is drawn by chance
+        if change in ("top_k", "top_p", "min_p", "plausibility"):  # which may leave alone what is drawn by chance
             assert tiny_pipeline(PROMPT, num_candidates=1, **without).codes.shape == (1, 1, 4, 4)
         else:
             other = tiny_pipeline(PROMPT, num_images_per_prompt=6, num_candidates=6, rerank=False, **without)
@@ -197,6 +198,7 @@ def test_settings_may_come_as_a_whole(tiny_pipeline: TextToImagePipeline) -> Non
     sampling = tiny_pipeline.settings(min_p=0.1, top_k=0, guidance_schedule="linear")
     assert (sampling.min_p, sampling.top_k, sampling.guidance_scale) == (0.1, None, 2.0)
     assert tiny_pipeline.settings(sampling, min_p=0).min_p is None
+    assert tiny_pipeline.settings(tiny_pipeline.settings(plausibility=0.1), plausibility=0).plausibility is None
     whole = tiny_pipeline(PROMPT, num_candidates=3, sampling=sampling)
     parts = tiny_pipeline(PROMPT, num_candidates=3, min_p=0.1, top_k=0, guidance_schedule="linear")
     assert torch.equal(whole.codes, parts.codes)
@@ -451,6 +453,7 @@ def test_good_prompts(prompt: str) -> None:
         ({"top_p": 1.5}, "top_p: Input should be less than or equal to 1"),
         ({"min_p": 1.5}, "min_p: Input should be less than or equal to 1"),
         ({"min_p": -0.1}, "min_p: Input should be greater than 0"),
+        ({"plausibility": 1.5}, "plausibility: Input should be less than or equal to 1"),
         ({"guidance_schedule": "square"}, "guidance_schedule: Input should be 'constant', 'linear' or 'cosine'"),
         ({"negative_prompt": "a cat", "guidance_scale": 1.0}, "a negative prompt is what guidance steers away from"),
         ({"negative_prompt": "!!"}, "the negative prompt '!!' has no letter or digit"),

@@ -140,7 +140,7 @@ class _Decoding:
             flat = logits.flatten(0, 1)
             if self.guided:
                 conditional, unconditional = flat.chunk(2)
-                flat = guide(conditional, unconditional, scales[..., q].reshape(-1, 1))
+                flat = guide(conditional, unconditional, scales[..., q].reshape(-1, 1), self.sampling.plausibility)
             codes = draw_with(filter_logits(flat, self.sampling), words[:, :, q].flatten(0, 1))
             drawn = torch.cat([drawn, codes.view(*drawn.shape[:2], 1)], dim=-1)
         return drawn

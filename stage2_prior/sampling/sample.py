@@ -159,7 +159,8 @@ class Drawing:
         logits = conditional = self.logits.float()
         if self.sampling.guided:
             conditional, null = logits.chunk(2)
-            logits = guide(conditional, null, guidance_at(self.sampling, position, self.prior.length))
+            scale = guidance_at(self.sampling, position, self.prior.length)
+            logits = guide(conditional, null, scale, self.sampling.plausibility)
         logits = filter_logits(logits, self.sampling)
         codes = draw(logits, self.generators)
         if self.scored:

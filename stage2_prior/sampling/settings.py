@@ -1,7 +1,8 @@
 """How codes are drawn: the settings, and what each does to the logits.
 
-The order is fixed: guidance, temperature, top-k, top-p, min-p, each on what the one before left. Only the k likeliest
-count towards p, and min-p is a share of the likeliest code's probability, which neither top-k nor top-p changes.
+The order is fixed: guidance and its plausibility, temperature, top-k, top-p, min-p, each on what the one before left.
+Only the k likeliest count towards p, and min-p is a share of the likeliest code's probability, which neither top-k nor
+top-p changes.
 """
 
 import math
@@ -23,6 +24,7 @@ class Sampling(Config):
     min_p: float | None = Field(None, gt=0, le=1)  # only codes of at least p times the probability of the likeliest
     guidance_scale: float = Field(1.0, ge=0)  # 1 is the plain conditional distribution
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # see `guidance_at`
+    plausibility: float | None = Field(None, gt=0, le=1)  # guidance chooses among codes that are likely without it
 
     @property
     def guided(self) -> bool:
@@ -48,13 +50,23 @@ def guidance_at(sampling: Sampling, position: int, length: int) -> float:
             assert_never(sampling.guidance_schedule)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+def guide(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, plausibility: float | None = None
+) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022) on log-probabilities: both (N, K) logits -> (N, K).
 
-    A scale of each row is (N, 1).
+    A scale of each row is (N, 1). Codes of less than `plausibility` times the conditional probability of the
+    conditionally likeliest get -inf: where both probabilities are tiny their ratio is noise, and a large scale would
+    draw by that (Li et al. 2023, "Contrastive decoding", equation 2).
     """
     conditional, unconditional = conditional.log_softmax(-1), unconditional.log_softmax(-1)
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    return guided if plausibility is None else guided.masked_fill(_below(conditional, plausibility), -torch.inf)
+
+
+def _below(logits: Tensor, share: float) -> Tensor:
+    """Which codes have less than `share` of the likeliest one's probability, (N, K) bool."""
+    return logits < logits.amax(-1, keepdim=True) + math.log(share)
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -72,6 +84,5 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         drop = (before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(drop, -torch.inf)
     if sampling.min_p is not None:
-        least = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        logits = logits.masked_fill(_below(logits, sampling.min_p), -torch.inf)
     return logits
