@@ -7,7 +7,7 @@
 #   recipes/emoji/run.sh gpu          an NVIDIA GPU, 128x128 pixels
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-size=64 reranker=() tokenizer=() prior=() names=() details=() patches=() patch_prior=()
+size=64 reranker=() tokenizer=() prior=() names=() details=() patches=() patch_prior=() backgrounds=()
 if [[ ${1:-cpu} == gpu ]]; then
   size=128
   reranker=(model.vision_cfg.image_size=128 run.batch_size=1024 run.steps=6000 run.num_workers=8)
@@ -19,6 +19,7 @@ if [[ ${1:-cpu} == gpu ]]; then
   patches=(model.image_size=128 loss.decoder_only_from=40000 loss.perceptual_from=40000 loss.adversarial_from=40000
     run.steps=60000 run.batch_size=128 run.num_workers=12)
   patch_prior=(run.batch_size=512 run.steps=30000)
+  backgrounds=(run.batch_size=512 run.steps=8000)
 else
   # Two threads that a scheduler puts on one core are slower than one.
   export OMP_PROC_BIND=true OMP_PLACES=cores
@@ -45,9 +46,18 @@ tessera train tokenizer recipes/emoji/tokenizer_patches.yaml "${patches[@]}"
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-longer image_tokenizer=runs/emoji-patches/tokenizer/model \
   output=runs/emoji-patches/codes
 tessera train prior recipes/emoji/prior_patches.yaml "${patch_prior[@]}"
-tessera bundle runs/emoji/bundle --guidance-scale 1.5 --temperature 0.6 --likelihood-weight 0.004 \
+# Then backgrounds above all, and again what lies between before and after.
+if [[ ! -f data/emoji-backgrounds/metadata.jsonl ]]; then
+  python recipes/emoji/prepare.py --out data/emoji-backgrounds --size "$size" --shares 20 65 4 11 --times 1.5
+fi
+tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-backgrounds \
+  image_tokenizer=runs/emoji-patches/tokenizer/model output=runs/emoji-patches/codes-backgrounds
+tessera train prior recipes/emoji/prior_backgrounds.yaml "${backgrounds[@]}"
+python recipes/emoji/average.py runs/emoji-patches/prior/model runs/emoji-patches/prior-backgrounds/model \
+  runs/emoji-patches/prior-average --share 0.7 --text-tokenizer runs/emoji/text_tokenizer
+tessera bundle runs/emoji/bundle --guidance-scale 1.5 --plausibility 0.05 --temperature 0.6 --likelihood-weight 0.002 \
   --image-tokenizer runs/emoji-patches/tokenizer/model \
-  --prior runs/emoji-patches/prior/model --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker-details/model
+  --prior runs/emoji-patches/prior-average --text-tokenizer runs/emoji/text_tokenizer --reranker runs/emoji/reranker-details/model
 for split in train tone gender pair; do
   tessera evaluate tokenizer runs/emoji-patches/tokenizer/model data/emoji --split "$split"
 done
