@@ -215,14 +215,14 @@ class TextToImagePipeline:
         A prompt is text, or, where the prior draws from these, a `ClassLabel` or `SegmentationMap` of conditions.py.
         Candidate i has seed `seed + i`, or `seeds[i]`; a picture depends on prompt, seed and sampling alone. What of
         `Sampling` is None is `sampling`'s, by default the bundle's; top_k 0 takes all codes, as do top_p 1, min_p 0 and
-        plausibility 0.
-        `negative_prompt` takes the place of the empty prompt that guidance steers away from. `first_codes` (n,) are the
-        first codes of every picture, as `codes_of_top` gives them; the rest is drawn. `known_codes` (T,) are all codes
-        of every picture, -1 for those that are drawn, as `codes_outside` gives them. Pictures are ordered by the
-        reranker's score plus `likelihood_weight`, by default the bundle's, times log p(codes | prompt) in nats, the
-        prior's own without guidance or filters; `scores` are these sums. `candidate_budget` (below 1) is the share of
-        the codes of all candidates that may be drawn: the least promising, by the prior's own likelihood or by the
-        reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`. `log_probs` returns those of the codes.
+        plausibility 0. `negative_prompt` takes the place of the empty prompt that guidance steers away from.
+        `first_codes` (n,) are the first codes of every picture, as `codes_of_top` gives them; the rest is drawn.
+        `known_codes` (T,) are all codes of every picture, -1 for those that are drawn, as `codes_outside` gives them.
+        Pictures are ordered by the reranker's score plus `likelihood_weight`, by default the bundle's, times
+        log p(codes | prompt) in nats, the prior's own without guidance or filters; `scores` are these sums.
+        `candidate_budget` (below 1) is the share of the codes of all candidates that may be drawn: the least promising,
+        by the prior's own likelihood or by the reranker, are dropped part-way, see `stage2_prior/sampling/prune.py`.
+        `log_probs` returns those of the codes.
         `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is checked
         before the first is drawn.
 
