@@ -5,8 +5,10 @@
 The steps of all models take turns, so that a machine's moods meet all alike. A step is forward, loss, backward and
 AdamW on random tokens: by default width 512, 12 layers, 8 heads, 64 text and 256 image tokens, batch 8. Ours has a text
 and an image vocabulary and foretells each token in its own; the others have one of the same size, which is as many
-multiplications. Utilisation counts what a model needs (6 a weight and token, and attention in full, as in PaLM,
-Chowdhery et al. 2022, appendix B), against the fastest of a few large matrix products on the same machine.
+multiplications. Freed memory is kept, as `tessera train` asks for on a CPU; with `--return-memory` the C library gives
+it back, which costs all of them up to a tenth. Utilisation counts what a model needs (6 a weight and token, and
+attention in full, as in PaLM, Chowdhery et al. 2022, appendix B), against the fastest of a few large matrix products on
+the same machine.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.hardware import multiplies_bfloat16
+from common.hardware import keep_memory, multiplies_bfloat16
 from stage2_prior import GPTConfig, GPTPrior
 from stage2_prior.train import Objective
 
@@ -171,23 +173,25 @@ def matmul_peak(device: str, dtype: torch.dtype, side: int, now: Callable[[], fl
     return best
 
 
-def peak_memory(name: str, size: Size, device: str, bfloat16: bool, compiled: bool, threads: int) -> float:
+def peak_memory(name: str, size: Size, device: str, bfloat16: bool, arguments: argparse.Namespace) -> float:
     """MB that two steps take at most; on a CPU beyond what the process has before, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_measure, args=(queue, name, size, device, bfloat16, compiled, threads))
+    process = context.Process(target=_measure, args=(queue, name, size, device, bfloat16, arguments))
     process.start()
     peak: float = queue.get(timeout=600)
     process.join()
     return peak
 
 
-def _measure(queue: Any, name: str, size: Size, device: str, bfloat16: bool, compiled: bool, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _measure(queue: Any, name: str, size: Size, device: str, bfloat16: bool, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
+    if not arguments.return_memory:
+        keep_memory()
     import transformers  # noqa: F401  all contenders start from the same
 
     before = resident_peak()
-    trainer = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled, "wall")
+    trainer = Trainer(CONTENDERS[name](size, device), device, bfloat16, arguments.compile, "wall")
     for _ in range(2):
         trainer.step()
     if device == "cuda":
@@ -204,11 +208,12 @@ def resident_peak() -> float:
 
 def compare(names: list[str], size: Size, device: str, bfloat16: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, utilisation and peak memory of each contender."""
-    compiled, threads = arguments.compile, arguments.threads
+    if not arguments.return_memory:
+        keep_memory()
     trainers = {}
     for name in names:
         torch.manual_seed(0)
-        trainers[name] = Trainer(CONTENDERS[name](size, device), device, bfloat16, compiled, arguments.clock)
+        trainers[name] = Trainer(CONTENDERS[name](size, device), device, bfloat16, arguments.compile, arguments.clock)
     for trainer in trainers.values():
         trainer.step()  # the first allocates, and compiles
     peaks, seconds = [], {name: [] for name in names}  # type: ignore[var-annotated]
@@ -231,7 +236,7 @@ def compare(names: list[str], size: Size, device: str, bfloat16: bool, arguments
     del trainers
     if not arguments.no_memory:
         for name in names:
-            rows[name]["peak_mb"] = round(peak_memory(name, size, device, bfloat16, compiled, threads))
+            rows[name]["peak_mb"] = round(peak_memory(name, size, device, bfloat16, arguments))
     return {"matmul_gflops": round(max(peaks) / 1e9, 1), "models": rows}
 
 
@@ -244,6 +249,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="what seconds are counted by")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument("--return-memory", action="store_true", help="let the C library give freed memory back")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--peak-side", type=int, default=2048, help="rows of the matrices of the peak's product")
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -251,7 +257,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = Size(**{name: getattr(arguments, name) for name in asdict(Size())})
     report: dict[str, Any] = {"size": asdict(size), "device": arguments.device, "threads": arguments.threads}
-    report["clock"] = arguments.clock
+    report |= {"clock": arguments.clock, "memory": "returned" if arguments.return_memory else "kept"}
     report["float32"] = compare(arguments.only, size, arguments.device, False, arguments)
     if multiplies_bfloat16():
         report["bfloat16"] = compare(arguments.only, size, arguments.device, True, arguments)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common.config import Config
 from common.data import step_loader
 from common.errors import InputError
-from common.hardware import multiplies_bfloat16
+from common.hardware import keep_memory, multiplies_bfloat16
 from common.images import contact_sheet, to_pil
 from common.muon import Muon
 
@@ -85,6 +85,8 @@ class Run:
             mixed_precision="bf16" if self.bfloat16 else "no", step_scheduler_with_optimizer=False
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        if self.device.type == "cpu":
+            keep_memory()
         self.state: dict[str, Stateful] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}

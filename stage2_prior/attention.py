@@ -3,21 +3,24 @@
 Letters: N sequences, S new positions, L positions so far, E width, d channels of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from stage2_prior.base import Cache
-from stage2_prior.fused import rms_norm
+from stage2_prior.fused import Linear, has_own_gradients, rms_norm
 from stage2_prior.positions import Rotation, rotate
 
-# On a CPU in bfloat16 (docs/performance-training.md): queries that are multiplied at a time, and the longest sequence
-# that is multiplied so. Torch's kernel, which keeps no scores, gains on it with the length.
-QUERIES = 160
+# On a CPU (docs/performance-training.md): queries that are multiplied at a time, and the longest sequence that is
+# multiplied so. Torch's kernel, which keeps no scores, gains on it with the length.
+QUERIES = 80
 LONGEST_OF_PRODUCTS = 1024
+
+softmax_backward = torch.ops.aten._softmax_backward_data.out
 
 
 class View(NamedTuple):
@@ -67,8 +70,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads, self.qk_norm = num_heads, qk_norm
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         if qk_norm:
             self.query_scale = nn.Parameter(torch.ones(dim // num_heads))
             self.key_scale = nn.Parameter(torch.ones(dim // num_heads))
@@ -92,7 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention, (N, heads, S, d) over (N, heads, L, d); without a mask S is L and causal, or 1.
 
     On a CPU plain products are faster for a single position (32 rows of 88 positions take two thirds of the time), and
-    in bfloat16 for causal sequences that are not long.
+    for causal sequences that are not long in training and in bfloat16.
     """
     if q.device.type != "cpu":
         return _fused(q, k, v, mask)
@@ -101,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1).to(v.dtype) @ v
-    if mask is None and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_OF_PRODUCTS:
+    if mask is None and q.shape[2] <= LONGEST_OF_PRODUCTS and (has_own_gradients(q) or q.dtype == torch.bfloat16):
         return causal_products(q, k, v)
     return _fused(q, k, v, mask)
 
@@ -115,14 +118,53 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Scores are rounded to the precision of `q`, which torch's kernel does not do, and kept for the way back.
     """
-    rows, heads, length, width = q.shape
+    rows = q.shape[:2]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    step = -(-length // max(1, round(length / QUERIES)))
-    mixed = []
-    for first in range(0, length, step):
-        last = min(first + step, length)
+    mixed: Tensor = _CausalProducts.apply(q, k, v) if has_own_gradients(q) else _products(q, k, v)[0]
+    return mixed.unflatten(0, rows)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What (n, S, d) see, and with what weights, (n, queries, keys) for each of `_blocks`."""
+    mixed, weights = [], []
+    for first, last in _blocks(q.shape[1]):
         later = q.new_full((last - first, last), -torch.inf).triu(first + 1)
-        bias = later.expand(rows * heads, -1, -1)
-        scores = torch.baddbmm(bias, q[:, first:last], k[:, :last].transpose(1, 2), alpha=width**-0.5)
-        mixed.append(scores.softmax(-1) @ v[:, :last])
-    return torch.cat(mixed, dim=1).unflatten(0, (rows, heads))
+        bias = later.expand(len(q), -1, -1)
+        scores = torch.baddbmm(bias, q[:, first:last], k[:, :last].transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        weights.append(scores.softmax(-1))
+        mixed.append(weights[-1] @ v[:, :last])
+    return torch.cat(mixed, dim=1), weights
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """The queries that are multiplied together, each from the first to before the last."""
+    step = -(-length // max(1, round(length / QUERIES)))
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+class _CausalProducts(torch.autograd.Function):
+    """Gradients of the keys and values are added up in place, where autograd fills up those of each block with zeros.
+
+    For weights W and gradients G of the result: W' G for v, and with D the gradient W * (G v' - rows' sums of W * G v')
+    of the scores, D k for q and D' q for k, both over sqrt(d).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed, weights = _products(q, k, v)
+        ctx.save_for_backward(q, k, v, *weights)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *weights = ctx.saved_tensors
+        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (first, last), weight in zip(_blocks(q.shape[1]), weights, strict=True):
+            own, scale = gradient[:, first:last], q.shape[-1] ** -0.5
+            of_scores = own @ v[:, :last].transpose(1, 2)
+            softmax_backward(of_scores, weight, -1, weight.dtype, grad_input=of_scores).mul_(scale)
+            of_q[:, first:last] = of_scores @ k[:, :last]
+            of_k[:, :last] += of_scores.transpose(1, 2) @ q[:, first:last]
+            of_v[:, :last] += weight.transpose(1, 2) @ own
+        return of_q, of_k, of_v

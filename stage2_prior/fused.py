@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # of the norms
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+LARGE = 2**28  # multiplications, from which on oneDNN gains on MKL
+
+
+def has_own_gradients(x: Tensor) -> bool:
+    """Whether operations on `x` are those of this module: in training, on a CPU, without a compiler."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -69,12 +76,60 @@ class _RMSNorm(torch.autograd.Function):
         return of_x, of_scale
 
 
-def gelu_linear(x: Tensor, linear: nn.Module) -> Tensor:
-    """linear(gelu(x)) of (..., H); what the activation gave is computed again on the way back instead of kept."""
-    plain = type(linear) is nn.Linear and linear.bias is None
-    if not plain or x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(F.gelu(x))
-    result: Tensor = _GELULinear.apply(x, linear.weight)
+class Linear(nn.Linear):
+    """torch's without a bias, by `linear`."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """(..., I) and weights (O, I) -> (..., O); in training in float32 on a CPU by `_product`."""
+    if not has_own_gradients(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight)
+    result: Tensor = _Linear.apply(x, weight)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight)
+        return _product(rows, weight).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_x, of_weight = gradient.reshape(-1, len(weight)), None, None
+        if ctx.needs_input_grad[0]:
+            of_x = _product(of_rows, weight.T).view(*gradient.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[1]:  # not of a base that an adapter is trained on
+            of_weight = of_rows.T @ rows
+        return of_x, of_weight
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """(N, I) and (O, I) -> (N, O).
+
+    torch multiplies float32 by MKL, where oneDNN takes a tenth less time on processors with AVX-512 that are not
+    Intel's, if the matrices are large.
+    """
+    if x.dtype == torch.float32 and AVX512 and len(x) * weight.numel() >= LARGE:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return result
+    return x @ weight.T
+
+
+def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """layer(gelu(x)) of (..., H); what the activation gave is computed again on the way back instead of kept."""
+    if type(layer) is not Linear or not has_own_gradients(x):
+        return layer(F.gelu(x))
+    result: Tensor = _GELULinear.apply(x, layer.weight)
     return result
 
 
@@ -83,17 +138,18 @@ class _GELULinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight.to(x.dtype))  # under autocast x comes in bfloat16
+        rows = F.gelu(x).view(-1, x.shape[-1])
+        return _product(rows, weight.to(x.dtype)).view(*x.shape[:-1], -1)  # under autocast x comes in bfloat16
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows, active = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype), F.gelu(x)
-        memory, of_weight = active.view(-1, x.shape[-1]), None
+        rows, of_weight = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype), None
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[1]:  # not of a base that an adapter is trained on
-                of_weight = (rows.T @ memory).to(weight.dtype)
-            torch.mm(rows, weight.to(x.dtype), out=memory)  # the activation is not needed any more
-        torch.ops.aten.gelu_backward.grad_input(active, x, grad_input=active)
-        return active, of_weight
+                active = F.gelu(x).view(-1, x.shape[-1])
+                of_weight = _product(rows.T, active.T).to(weight.dtype)
+            of_x = _product(rows, weight.to(x.dtype).T).view_as(x)
+        torch.ops.aten.gelu_backward.grad_input(of_x, x, grad_input=of_x)
+        return of_x, of_weight

@@ -29,7 +29,7 @@ from stage2_prior.attention import Attention, KeyValueCache, View
 from stage2_prior.base import Cache, Predictions
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
-from stage2_prior.fused import RMSNorm, gelu_linear
+from stage2_prior.fused import Linear, RMSNorm, gelu_linear, linear
 from stage2_prior.patterns import Pattern, arrangement, visible
 from stage2_prior.positions import Axes, rotation
 
@@ -109,7 +109,7 @@ class GPTPrior(ConditionedPrior):
         `hidden` (B, S) bool, later ones learn nothing; a residual code still reads those that it refines."""
         x, text = self._trunk(prefix, codes, order, hidden), None
         if self.condition == "text":
-            text = x[:, : self.prefix_length - 1] @ self.text_embedding.weight.T  # tied to the input embedding
+            text = linear(x[:, : self.prefix_length - 1], self.text_embedding.weight)  # tied to the input embedding
         return Predictions(text, self._code_logits(x, codes, order))
 
     def _trunk(self, prefix: Tensor, codes: Tensor, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
@@ -256,8 +256,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config.dim, config.num_heads, config.qk_norm)
         self.mlp_norm = RMSNorm(config.dim)
-        self.mlp_in = nn.Linear(config.dim, 2 * hidden if self.gated else hidden, bias=False)
-        self.mlp_out = nn.Linear(hidden, config.dim, bias=False)
+        self.mlp_in = Linear(config.dim, 2 * hidden if self.gated else hidden)
+        self.mlp_out = Linear(hidden, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.mlp_out.weight)  # each block starts as the identity
 

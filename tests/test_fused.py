@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.fused import EPS, gelu_linear, rms_norm
+from stage2_prior import fused
+from stage2_prior.fused import EPS, Linear, gelu_linear, linear, rms_norm
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,15 +63,53 @@ def test_in_bfloat16_the_norm_is_torch_s_to_one_rounding() -> None:
     assert [part.dtype for part in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
-def layer(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    del linear.weight
-    linear.weight = weight
-    return linear
+def layer(weight: Tensor) -> Linear:
+    made = Linear(weight.shape[1], weight.shape[0])
+    del made.weight
+    made.weight = weight
+    return made
 
 
-def test_gelu_and_a_linear_layer_in_one_are_those_of_torch() -> None:
+BY_ONEDNN = pytest.mark.parametrize(
+    "large",
+    [
+        pytest.param(0, marks=pytest.mark.skipif(not fused.AVX512, reason="multiplied by MKL without AVX-512")),
+        1 << 60,
+    ],
+)
+
+
+@BY_ONEDNN
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_linear_layer_is_that_of_torch(monkeypatch: pytest.MonkeyPatch, large: int, autocast: bool) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(fused, "LARGE", large)
+    for x in (
+        torch.randn(2, 5, 24),
+        torch.randn(2, 24, 5).transpose(1, 2),
+        torch.randn(2, 9, 24)[:, 3:],
+        torch.randn(3, 24),
+    ):
+        compare(linear, F.linear, x, torch.randn(16, 24), 2**-6 if autocast else 1e-5, autocast)
+
+
+@pytest.mark.skipif(not fused.AVX512, reason="multiplied by MKL without AVX-512")
+def test_large_products_in_training_are_those_of_onednn() -> None:
+    torch.manual_seed(0)
+    x, made = torch.randn(1024, 512, requires_grad=True), Linear(512, 512)
+    with torch.profiler.profile() as trained:
+        made(x).sum().backward()
+    with torch.profiler.profile() as evaluated, torch.no_grad():
+        made(x)
+    counts = [{event.key: event.count for event in p.key_averages()} for p in (trained, evaluated)]
+    assert counts[0]["mkldnn::_linear_pointwise"] == 2  # forward, and the gradient of x
+    assert "mkldnn::_linear_pointwise" not in counts[1]
+
+
+@BY_ONEDNN
+def test_gelu_and_a_linear_layer_in_one_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(fused, "LARGE", large)
     for x in (torch.randn(2, 5, 24), torch.randn(2, 24, 5).transpose(1, 2)):
         before = x.clone()
         compare(
@@ -83,13 +122,13 @@ def test_gelu_and_a_linear_layer_in_one_are_those_of_torch() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gelu_linear_under_autocast_rounds_as_autocast_does(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    linear, x = nn.Linear(24, 16, bias=False), torch.randn(3, 24, dtype=dtype)
+    layer, x = Linear(24, 16), torch.randn(3, 24, dtype=dtype)
     gradients = []
-    for function in (gelu_linear, lambda x, linear: linear(F.gelu(x))):
+    for function in (gelu_linear, lambda x, layer: F.gelu(x) @ layer.weight.T):
         own = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            result = function(own, linear)
-        gradients.append(torch.autograd.grad(result.float().square().sum(), (own, linear.weight)))
+            result = function(own, layer)
+        gradients.append(torch.autograd.grad(result.float().square().sum(), (own, layer.weight)))
     for ours, torchs in zip(*gradients, strict=True):
         assert ours.dtype == torchs.dtype
         torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=2**-7 * float(torchs.abs().max()))
@@ -97,11 +136,15 @@ def test_gelu_linear_under_autocast_rounds_as_autocast_does(dtype: torch.dtype) 
 
 def test_a_layer_that_is_not_trained_gets_no_gradient_and_passes_one_on() -> None:
     torch.manual_seed(0)
-    linear, x = nn.Linear(24, 16, bias=False).requires_grad_(False), torch.randn(3, 24, requires_grad=True)
-    gelu_linear(x, linear).square().sum().backward()
-    assert x.grad is not None and linear.weight.grad is None
-    (wanted,) = torch.autograd.grad(linear(F.gelu(x)).square().sum(), x)
-    torch.testing.assert_close(x.grad, wanted)
+    frozen, x = Linear(24, 16).requires_grad_(False), torch.randn(3, 24, requires_grad=True)
+    for ours, torchs in (
+        (gelu_linear(x, frozen), F.gelu(x) @ frozen.weight.T),
+        (frozen(x), x @ frozen.weight.T),
+    ):
+        (found,) = torch.autograd.grad(ours.square().sum(), x)
+        (wanted,) = torch.autograd.grad(torchs.square().sum(), x)
+        assert frozen.weight.grad is None
+        torch.testing.assert_close(found, wanted)
 
 
 def test_gelu_linear_leaves_what_is_no_plain_layer_to_itself() -> None:

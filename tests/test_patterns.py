@@ -93,6 +93,15 @@ def test_causal_products_are_attention_and_so_are_their_gradients(length):
     torch.testing.assert_close(found, slopes)
 
 
+def test_attention_in_training_is_that_in_evaluation():
+    q, k, v = torch.randn(3, 2, 3, 100, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    trained = attend(q.requires_grad_(), k, v, None)
+    with torch.no_grad():
+        evaluated = attend(q, k, v, None)
+    assert "CausalProducts" in str(trained.grad_fn.next_functions)
+    torch.testing.assert_close(trained.detach(), evaluated, rtol=1e-5, atol=1e-6)
+
+
 def test_bfloat16_attention_differs_by_rounding_only():
     q, k, v = torch.randn(3, 2, 3, 50, 16, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     exact = attend(q.double(), k.double(), v.double(), None)

@@ -20,7 +20,7 @@ from common.errors import InputError
 from stage2_prior.attention import Attention
 from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
-from stage2_prior.fused import RMSNorm
+from stage2_prior.fused import Linear, RMSNorm
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.kernels import KINDS
@@ -36,7 +36,7 @@ KNOWN = {
     "convolution_kernel",
 }  # fmt: skip
 MODULES = (
-    GPTPrior, Block, Attention, DepthHead, DepthBlock, nn.Linear, nn.Embedding, RMSNorm, nn.RMSNorm, nn.Dropout,
+    GPTPrior, Block, Attention, DepthHead, DepthBlock, Linear, nn.Linear, nn.Embedding, RMSNorm, nn.RMSNorm, nn.Dropout,
     nn.ModuleList,
 )  # fmt: skip
 FP8_CAPABILITY = (8, 9)  # of a GPU that multiplies in it
