@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-6  # of the norms
-AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**28  # multiplications, from which on oneDNN gains on MKL
 
 
@@ -67,12 +67,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, scale, inverse = ctx.saved_tensors
-        product = gradient * x
+        slopes = gradient * x
         with torch.autocast("cpu", enabled=False):  # which would round the two sums
-            rows = product.reshape(-1, x.shape[-1])
+            rows = slopes.reshape(-1, x.shape[-1])
             common = (rows @ scale).view_as(inverse) * inverse.pow(3) / x.shape[-1]
             of_scale = inverse.reshape(-1) @ rows
-        of_x = torch.mul(gradient, scale, out=product).mul_(inverse).addcmul_(x, common, value=-1)
+        of_x = torch.mul(gradient, scale, out=slopes).mul_(inverse).addcmul_(x, common, value=-1)
         return of_x, of_scale
 
 
@@ -87,7 +87,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """(..., I) and weights (O, I) -> (..., O); in training in float32 on a CPU by `_product`."""
+    """(..., I) and weights (O, I) -> (..., O); in training in float32 on a CPU by `product`."""
     if not has_own_gradients(x) or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight)
     result: Tensor = _Linear.apply(x, weight)
@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
-        return _product(rows, weight).view(*x.shape[:-1], len(weight))
+        return product(rows, weight).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
@@ -107,19 +107,20 @@ class _Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_rows, of_x, of_weight = gradient.reshape(-1, len(weight)), None, None
         if ctx.needs_input_grad[0]:
-            of_x = _product(of_rows, weight.T).view(*gradient.shape[:-1], weight.shape[1])
+            of_x = product(of_rows, weight.T).view(*gradient.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:  # not of a base that an adapter is trained on
             of_weight = of_rows.T @ rows
         return of_x, of_weight
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
     """(N, I) and (O, I) -> (N, O).
 
-    torch multiplies float32 by MKL; if the matrices are large, oneDNN takes a tenth less time on a Zen 4
+    torch multiplies float32 by MKL; oneDNN takes a tenth less time for large matrices on a Zen 4
     (docs/performance-training.md).
     """
-    if x.dtype == torch.float32 and AVX512 and len(x) * weight.numel() >= LARGE:
+    large = x.device.type == "cpu" and len(x) * weight.numel() >= LARGE
+    if large and ONEDNN and x.dtype == torch.float32:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return result
     return x @ weight.T
@@ -139,7 +140,7 @@ class _GELULinear(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         rows = F.gelu(x).view(-1, x.shape[-1])
-        return _product(rows, weight.to(x.dtype)).view(*x.shape[:-1], -1)  # under autocast x comes in bfloat16
+        return product(rows, weight.to(x.dtype)).view(*x.shape[:-1], -1)  # under autocast x comes in bfloat16
 
     @staticmethod
     @once_differentiable
@@ -149,7 +150,7 @@ class _GELULinear(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             if ctx.needs_input_grad[1]:  # not of a base that an adapter is trained on
                 active = F.gelu(x).view(-1, x.shape[-1])
-                of_weight = _product(rows.T, active.T).to(weight.dtype)
-            of_x = _product(rows, weight.to(x.dtype).T).view_as(x)
+                of_weight = product(rows.T, active.T).to(weight.dtype)
+            of_x = product(rows, weight.to(x.dtype).T).view_as(x)
         torch.ops.aten.gelu_backward.grad_input(of_x, x, grad_input=of_x)
         return of_x, of_weight

@@ -73,7 +73,7 @@ def layer(weight: Tensor) -> Linear:
 BY_ONEDNN = pytest.mark.parametrize(
     "large",
     [
-        pytest.param(0, marks=pytest.mark.skipif(not fused.AVX512, reason="multiplied by MKL without AVX-512")),
+        pytest.param(0, marks=pytest.mark.skipif(not fused.ONEDNN, reason="multiplied by MKL without AVX-512")),
         1 << 60,
     ],
 )
@@ -93,7 +93,7 @@ def test_a_linear_layer_is_that_of_torch(monkeypatch: pytest.MonkeyPatch, large:
         compare(linear, F.linear, x, torch.randn(16, 24), 2**-6 if autocast else 1e-5, autocast)
 
 
-@pytest.mark.skipif(not fused.AVX512, reason="multiplied by MKL without AVX-512")
+@pytest.mark.skipif(not fused.ONEDNN, reason="multiplied by MKL without AVX-512")
 def test_large_products_in_training_are_those_of_onednn() -> None:
     torch.manual_seed(0)
     x, made = torch.randn(1024, 512, requires_grad=True), Linear(512, 512)
