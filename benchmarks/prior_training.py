@@ -209,8 +209,6 @@ def resident_peak() -> float:
 
 def compare(names: list[str], size: Size, device: str, bfloat16: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, utilisation and peak memory of each contender."""
-    if not arguments.return_memory:
-        keep_memory()
     trainers = {}
     for name in names:
         torch.manual_seed(0)
@@ -256,6 +254,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if not arguments.return_memory:
+        keep_memory()
     size = Size(**{name: getattr(arguments, name) for name in asdict(Size())})
     report: dict[str, Any] = {"size": asdict(size), "device": arguments.device, "threads": arguments.threads}
     report |= {"clock": arguments.clock, "memory": "returned" if arguments.return_memory else "kept"}

@@ -24,7 +24,7 @@ def test_weights_are_multiplied_as_often_as_counted(name):
 
 def test_contenders_take_turns_and_are_measured():
     arguments = Namespace(compile=False, threads=torch.get_num_threads(), rounds=1, peak_side=64, clock="processor",
-                          no_memory=True, return_memory=True)  # fmt: skip
+                          no_memory=True)  # fmt: skip
     report = compare(["tessera", "transformers Llama"], TINY, "cpu", False, arguments)
     assert report["matmul_gflops"] > 0
     for row in report["models"].values():
