@@ -1,8 +1,8 @@
 """The one reader of text, JSON, JSON lines and YAML, as all kinds of programs write them.
 
-UTF-8 with or without its mark, and UTF-16 or UTF-32 with theirs. A line ends at \\n, \\r\\n or \\r and nowhere else: the
-other characters that `str.splitlines` splits at (U+2028, U+2029, U+0085, ...) occur inside captions. What cannot be read is
-an InputError that names the file and, where there is one, the line.
+UTF-8 with or without its mark, and UTF-16 or UTF-32 with theirs. A line ends at \\n, \\r\\n or \\r and nowhere
+else: the other characters that `str.splitlines` splits at (U+2028, U+2029, U+0085, ...) occur inside captions. What
+cannot be read is an InputError that names the file and, where there is one, the line.
 """
 
 import codecs
