@@ -133,6 +133,16 @@ def save_png(image: Image.Image, path: Path, origin: dict[str, Any] | None = Non
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
+def written_by_tessera(path: str | Path) -> bool:
+    """Whether the file is a PNG of `save_png`: its text chunk `tessera` follows the header. Reads 64 bytes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError:
+        return False
+    return start.startswith(b"\x89PNG\r\n\x1a\n") and start[37:49] == b"iTXt" + METADATA_KEY.encode() + b"\0"
+
+
 def read_origin(path: str | Path) -> dict[str, Any]:
     """The origin that `save_png` wrote. Raises InputError when the picture has none."""
     try:

@@ -18,7 +18,8 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data import ImageFolder, read_items
+from common.data import ImageFolder
+from common.folder import read_items
 from common.images import fit, open_image, save_png, to_pil
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
