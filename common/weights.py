@@ -33,7 +33,7 @@ def save_pretrained(
     """Writes `config.json` and `model.safetensors` into `folder`, whole or not at all (`writing.replacing`).
 
     `texts` are further files by their names. `dtype` casts floating point tensors on the way to disk (torch.float16
-    halves the file). Raises InputError when a weight is not finite, in that type, or when a file in the way is not ours.
+    halves the file). Raises InputError when a weight is not finite, in that type, or a file in the way is not ours.
     """
     state = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
