@@ -77,7 +77,7 @@ def write_held_out(data: Path, folder: Path, size: int, number: int) -> Path:
     paths = [paths[i] for i in torch.linspace(0, len(paths) - 1, min(number, len(paths))).long().tolist()]
     names = [f"{place:04d}.png" for place in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
-        save_png(fit(open_image(path), size), folder / name)
+        fit(open_image(path), size).save(folder / name)  # data: `save_png` would mark it as what a model made
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name}) + "\n" for name in names))
     return folder
 
