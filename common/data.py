@@ -62,7 +62,7 @@ class ImageFolder:
             size = item.path.stat().st_size if item.path.is_file() else -1
             name = item.path.relative_to(self.folder).as_posix()
             parts.append(repr((name, size, item.captions, item.weight, item.label)))
-        return f"{len(parts)} pictures, {fingerprint(*parts)}"
+        return f"{len(parts)} pictures (fingerprint {fingerprint(*parts)})"
 
     def image(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
