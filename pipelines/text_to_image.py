@@ -24,6 +24,7 @@ from pipelines.arguments import (
     check_prompt,
     check_prompts,
     check_seeds,
+    warn_of_cut,
     whole_number,
 )
 from pipelines.bundle import load_bundle, save_bundle
@@ -40,7 +41,6 @@ from stage2_prior.sampling.sample import check_first_codes, sample_scored
 
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
 MISSING = -1  # a code that is to be drawn, among those that are known
-SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
 
 CPU = torch.device("cpu")
 
@@ -226,8 +226,8 @@ class TextToImagePipeline:
         `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is checked
         before the first is drawn.
 
-        Warns (InputWarning) of a prompt that is too long and cut, saying what was left out, and of guidance on a prior
-        that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
+        Warns (InputWarning) of a prompt that is too long for the prior or for the reranker and cut, saying what was left
+        out, and of guidance on a prior that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
         counts, seeds, codes, sampling or weights out of range; a negative prompt without guidance; more than fits in
         memory.
         """
@@ -337,7 +337,10 @@ class TextToImagePipeline:
             self.reranker if plan is not None and prune_by == "reranker" else None,
             log_probs,
         )
-        candidates = self._draw(prompts, self.prefixes(prompts), job, progress)
+        prefixes = self.prefixes(prompts)
+        if job.reranker is not None or job.judge is not None:
+            self._warn_of_cut_scores(prompts)
+        candidates = self._draw(prompts, prefixes, job, progress)
         return (_generated(sorted(own, key=_best_first), job) for own in candidates)
 
     def count_finished(self, num_candidates: int, candidate_budget: float | None) -> int:
@@ -509,6 +512,8 @@ class TextToImagePipeline:
             pass
         except InputError as error:
             raise InputError(f"{name}: {error}" if name != "the prompt" else str(error)) from None
+        if self.prior.text_tokenizer is not None:  # a cut between characters that cannot be seen would be another one
+            prompt = self.prior.text_tokenizer.visible(prompt)
         fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
         while end - fits > 1:
             middle = (fits + end) // 2
@@ -517,10 +522,15 @@ class TextToImagePipeline:
                 fits = middle
             except PromptTooLong:
                 end = middle
-        cut = " ".join(prompt[fits:].split())
-        shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
-        warnings.warn(f"{name} is longer than the prior reads; left out is '{shown}'", InputWarning, stacklevel=2)
+        warn_of_cut(name, "prior", prompt[fits:])
         return self.prior.prefix([prompt[:fits]])
+
+    def _warn_of_cut_scores(self, prompts: Sequence[str]) -> None:
+        """Warns of each prompt that the reranker does not read to its end; another kind of reranker sees to that."""
+        if isinstance(self.reranker, ClipReranker):
+            for i, prompt in enumerate(prompts, 1):
+                if left_out := self.reranker.left_out(prompt):
+                    warn_of_cut(f"prompt {i}" if len(prompts) > 1 else "the prompt", "reranker", left_out)
 
     def _null(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
         """The prefix (1, P) that takes the place of the null one, None for no change."""
