@@ -226,10 +226,10 @@ class TextToImagePipeline:
         `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is checked
         before the first is drawn.
 
-        Warns (InputWarning) of a prompt that is too long for the prior or for the reranker and cut, saying what was left
-        out, and of guidance on a prior that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
-        counts, seeds, codes, sampling or weights out of range; a negative prompt without guidance; more than fits in
-        memory.
+        Warns (InputWarning) of a prompt that is too long for prior or reranker and cut, saying what was left out, and
+        of guidance on a prior that never learned to draw without a prompt. Raises InputError: a prompt that is empty,
+        binary or without words; counts, seeds, codes, sampling or weights out of range; a negative prompt without
+        guidance; more than fits in memory.
         """
         streamed = self.stream(
             prompt,
