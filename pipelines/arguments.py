@@ -93,11 +93,19 @@ def whole_number(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-def warn_of_cut(name: str, reader: str, left_out: str) -> None:
-    """One sentence (InputWarning) that the end of a prompt does not reach `reader`, and which end that is."""
-    cut = " ".join(left_out.split())
-    shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
-    warnings.warn(f"{name} is longer than the {reader} reads; left out is '{shown}'", InputWarning, stacklevel=3)
+def warn_of_cut(name: str, left_out: dict[str, str]) -> None:
+    """One sentence (InputWarning) about the end of a prompt that each reader, such as the prior, leaves out, if any."""
+    parts = [(reader, " ".join(cut.split())) for reader, cut in left_out.items() if cut]
+    if not parts:
+        return
+    (first, cut), *others = parts
+    said = f"{name} is longer than the {first} reads; left out is '{_start(cut)}'"
+    said += "".join(f", and by the {reader} '{_start(cut)}'" for reader, cut in others)
+    warnings.warn(said, InputWarning, stacklevel=3)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= SHOWN_OF_CUT else f"{text[:SHOWN_OF_CUT]}... ({len(text):,} characters)"
 
 
 def _named(prompts: Sequence[str], i: int, check: Callable[[str], Any]) -> Any:

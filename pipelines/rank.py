@@ -26,8 +26,7 @@ def rank(prompt: str, images: Sequence[str | Path], model: str = "emoji", weight
     check_prompt(prompt)
     opened = [open_image(path) for path in images]
     reranker = ClipReranker.from_pretrained(find_reranker(model), weights)
-    if left_out := reranker.left_out(prompt):
-        warn_of_cut("the prompt", "reranker", left_out)
+    warn_of_cut("the prompt", {"reranker": reranker.left_out(prompt)})
     scores = [float(score) for score in reranker.score(prompt, opened)]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return [Place(place, scores[i], str(images[i])) for place, i in enumerate(order, 1)]

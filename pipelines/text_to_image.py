@@ -337,9 +337,7 @@ class TextToImagePipeline:
             self.reranker if plan is not None and prune_by == "reranker" else None,
             log_probs,
         )
-        prefixes = self.prefixes(prompts)
-        if job.reranker is not None or job.judge is not None:
-            self._warn_of_cut_scores(prompts)
+        prefixes = self.prefixes(prompts, job.reranker or job.judge)
         candidates = self._draw(prompts, prefixes, job, progress)
         return (_generated(sorted(own, key=_best_first), job) for own in candidates)
 
@@ -366,11 +364,17 @@ class TextToImagePipeline:
         """
         return self(prompt, known_codes=self.codes_outside(image, mask), **drawing)
 
-    def prefixes(self, prompts: Sequence[str]) -> Tensor:
-        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out."""
+    def prefixes(self, prompts: Sequence[str], reranker: Reranker | None = None) -> Tensor:
+        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out.
+
+        Given the reranker that will score, the warning is of what that leaves out as well.
+        """
         several = len(prompts) > 1
         return torch.cat(
-            [self._prefix(text, f"prompt {i}" if several else "the prompt") for i, text in enumerate(prompts, 1)]
+            [
+                self._prefix(text, f"prompt {i}" if several else "the prompt", reranker)
+                for i, text in enumerate(prompts, 1)
+            ]
         )
 
     def codes_of_top(self, image: Image.Image, rows: int | None = None) -> Tensor:
@@ -504,10 +508,13 @@ class TextToImagePipeline:
 
     # Settings of a call ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompt: str, name: str) -> Tensor:
-        """One prompt's prefix (1, P)."""
+    def _prefix(self, prompt: str, name: str, reranker: Reranker | None = None) -> Tensor:
+        """One prompt's prefix (1, P). Only of our rerankers it is known what they leave out."""
+        unscored = reranker.left_out(prompt) if isinstance(reranker, ClipReranker) else ""
         try:
-            return prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+            prefix = prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+            warn_of_cut(name, {"reranker": unscored})
+            return prefix
         except PromptTooLong:
             pass
         except InputError as error:
@@ -522,15 +529,8 @@ class TextToImagePipeline:
                 fits = middle
             except PromptTooLong:
                 end = middle
-        warn_of_cut(name, "prior", prompt[fits:])
+        warn_of_cut(name, {"prior": prompt[fits:], "reranker": unscored})
         return self.prior.prefix([prompt[:fits]])
-
-    def _warn_of_cut_scores(self, prompts: Sequence[str]) -> None:
-        """Warns of each prompt that the reranker does not read to its end; another kind of reranker sees to that."""
-        if isinstance(self.reranker, ClipReranker):
-            for i, prompt in enumerate(prompts, 1):
-                if left_out := self.reranker.left_out(prompt):
-                    warn_of_cut(f"prompt {i}" if len(prompts) > 1 else "the prompt", "reranker", left_out)
 
     def _null(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:
         """The prefix (1, P) that takes the place of the null one, None for no change."""
