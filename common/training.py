@@ -466,8 +466,8 @@ def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
     for key in sorted(before.keys() & now.keys()):
         if before[key] != now[key]:
             raise InputError(
-                f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder / 'checkpoints'} were "
-                f"written and is {_short(now[key])} now; restore it, or give run.output another folder"
+                f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder} were written and is "
+                f"{_short(now[key])} now; restore it, or give run.output another folder"
             )
 
 
