@@ -153,7 +153,7 @@ def test_broken_pictures_are_left_out_and_named(world: Path, capsys: pytest.Capt
 
 
 def test_stopped_half_way_it_goes_on_and_never_mixes(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, done = stage2_prior.encode._write, []
+    write, done = stage2_prior.encode._write, list[object]()
 
     def killed(*arguments: object) -> None:
         if len(done) == 2:

@@ -376,7 +376,7 @@ def test_a_worker_that_dies_is_one_sentence_within_seconds(how: str, sentence: s
 
 def test_shared_memory_is_looked_at_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_shared_memory((torch.zeros(10), "text"), 2, str(tmp_path))
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 50))  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 50, 50))
     with pytest.raises(InputError, match=r"run.num_workers=2 needs 0.0 MiB of shared memory .*--shm-size"):
         check_shared_memory((torch.zeros(10), "text"), 2, str(tmp_path))
 
