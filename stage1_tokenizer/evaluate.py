@@ -86,8 +86,8 @@ def evaluate(
     of Heusel et al. 2017) and `clip_frechet` (embeddings of `clip`). `codes_used` is the share of the codebook that
     occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
     out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
-    a JSON line for each picture that can be read; broken ones are skipped and named. Raises InputError for a wrong model,
-    data folder or weights, or too many broken pictures.
+    a JSON line for each picture that can be read; broken ones are skipped and named. Raises InputError for a wrong
+    model, data folder or weights, or too many broken pictures.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)

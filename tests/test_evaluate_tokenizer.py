@@ -1,6 +1,8 @@
 """`tessera evaluate tokenizer`: every figure against one computed apart, and what is missing is said."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,8 +83,6 @@ def test_one_picture_has_no_frechet_distance(tiny_parts, resnet, tmp_path):
 
 
 def test_broken_pictures_are_skipped_named_and_left_out_of_the_figures(tiny_parts, folder, tmp_path, capsys):
-    import shutil
-
     data = Path(shutil.copytree(folder, tmp_path / "data"))
     names = sorted(path.name for path in data.glob("*.png"))
     (data / names[3]).write_bytes(b"broken")
