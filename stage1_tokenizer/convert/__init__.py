@@ -18,6 +18,9 @@ FAMILIES = (
     "llamagen-vq",
     "janus-vq",
     "diffusers-vq",
+    "ibq-vq",
+    "sber-movqgan",
+    "chameleon-vq",
 )
 
 __all__ = ["FAMILIES", "convert"]
@@ -62,6 +65,12 @@ def _read(family: str, sources: list[Path]) -> Converted:
             from stage1_tokenizer.convert.janus import read
         case "diffusers-vq":
             from stage1_tokenizer.convert.diffusers import read
+        case "ibq-vq":
+            from stage1_tokenizer.convert.ibq import read
+        case "sber-movqgan":
+            from stage1_tokenizer.convert.movqgan import read
+        case "chameleon-vq":
+            from stage1_tokenizer.convert.chameleon import read
         case _:
             raise InputError(f"'{family}' is not a family of tokenizers{nearest(family, list(FAMILIES))}")
     return read(sources)
