@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from common.config import Origin
 from common.errors import InputError, InputWarning
 
 # An average beside the weights: latent-diffusion's LitEma writes `model_ema.` and names without dots, MoVQGAN one for
@@ -35,7 +36,12 @@ class Choice:
     """Which of the weights of a checkpoint are wanted, and which were taken."""
 
     wanted: Kind | None = None  # None: the average where it is whole
-    taken: list[Kind] = field(default_factory=list)  # of each checkpoint that has both
+    taken: dict[str, Kind] = field(default_factory=dict)  # by the names of files that have an average
+
+    def noted(self, origin: Origin | None) -> Origin | None:
+        """`origin` with what was taken of its files."""
+        taken = [self.taken[name] for name in (origin.files if origin else ()) if name in self.taken]
+        return origin.model_copy(update={"weights": taken[0]}) if origin and taken else origin
 
 
 _choice: ContextVar[Choice | None] = ContextVar("choice", default=None)
@@ -45,7 +51,7 @@ _choice: ContextVar[Choice | None] = ContextVar("choice", default=None)
 def choosing(wanted: str | None) -> Iterator[Choice]:
     """Within the block, what is taken where a checkpoint has both: `model` or `ema`.
 
-    Raises InputError for another word.
+    Raises InputError for another word, and at the end where `ema` was wanted and no checkpoint had one.
     """
     if wanted not in (None, "model", "ema"):
         raise InputError(f"weights must be model or ema, got '{wanted}'")
@@ -55,6 +61,8 @@ def choosing(wanted: str | None) -> Iterator[Choice]:
         yield choice
     finally:
         _choice.reset(token)
+    if wanted == "ema" and not choice.taken:
+        raise InputError("there is no moving average (EMA) among the weights; leave --weights ema out")
 
 
 def chosen(raw: dict[str, Tensor], average: dict[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -74,15 +82,13 @@ def chosen(raw: dict[str, Tensor], average: dict[str, Tensor], where: str) -> di
             averaged[_bare(match[1] or f"{match[2]}.{match[3]}")] = tensor
     weights = unwrapped(plain)
     if not averaged:
-        if choice.wanted == "ema":
-            raise InputError(f"{where} has no moving average of its weights (EMA); leave --weights ema out")
         return weights
     if not plain:
         if choice.wanted == "model" or not average:
             raise InputError(
                 f"{where} has a moving average (EMA) and not the weights it is of; give the whole checkpoint"
             )
-        choice.taken.append("ema")
+        choice.taken[where] = "ema"
         return unwrapped(average)
     found = _averages(dict(zip(plain, weights, strict=True)), averaged)
     lacking = [name for name, tensor in weights.items() if _needed(name) and not _fits(found.get(name), tensor)]
@@ -92,7 +98,7 @@ def chosen(raw: dict[str, Tensor], average: dict[str, Tensor], where: str) -> di
             "--weights model"
         )
     taken: Kind = choice.wanted or ("model" if lacking else "ema")
-    choice.taken.append(taken)
+    choice.taken[where] = taken
     if choice.wanted is None:
         told = f"the average lacks {len(lacking)} of them, so they are taken as trained"
         told = told if lacking else "the average is taken; --weights model takes them as trained"

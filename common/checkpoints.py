@@ -180,7 +180,7 @@ def read_tensors(paths: Iterable[Path], keep: Callable[[str], bool] = lambda nam
         weights, averaged = _read(file if file.is_file() else states(file))
         raw |= weights
         average |= averaged
-    where = files[0].name if len(files) == 1 else str(files[0].parent)
+    where = files[0].name
     kept = {name: tensor for name, tensor in chosen(raw, average, where).items() if keep(name)}
     size = sum(file.stat().st_size if file.is_file() else states(file).stat().st_size for file in files)
     asked = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in kept.values())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from common.averages import choosing
 from common.errors import InputError, nearest
 from common.weights import save_pretrained
 from stage1_tokenizer.convert.vqgan import Converted, build
@@ -26,24 +27,33 @@ FAMILIES = (
 __all__ = ["FAMILIES", "convert"]
 
 
-def convert(family: str, sources: Sequence[str | Path], out: str | Path, image_size: int | None = None) -> Path:
+def convert(
+    family: str,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    image_size: int | None = None,
+    weights: str | None = None,
+) -> Path:
     """Writes the tokenizer in `sources`, files or folders as published, to the folder `out` and returns it.
 
-    `image_size` is what it is used at, where the checkpoint does not say. Raises InputError when the sources are not
+    `image_size` is what it is used at, where the checkpoint does not say; `weights` says which are taken, `model` or
+    `ema`, where there are both. Raises InputError when the sources are not
     such a checkpoint, or when one of its weights is missing or left over.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
         raise InputError(f"{out} exists and is not a tokenizer's folder; choose another one")
     try:
-        config, weights = _read(family, [Path(source) for source in sources])
+        with choosing(weights) as choice:
+            config, tensors = _read(family, [Path(source) for source in sources])
     except ValidationError as error:  # sizes that no model of ours has
         raise InputError(f"{sources[0]} asks for a model that cannot be built: {error.errors()[0]['msg']}") from None
     if image_size is not None:
         if image_size < 1 or image_size % config.trunk.factor:
             raise InputError(f"image_size must be divisible by the factor {config.trunk.factor}, got {image_size}")
         config = config.model_copy(update={"image_size": image_size})
-    save_pretrained(build(config, weights), config, out)
+    config = config.model_copy(update={"origin": choice.noted(config.origin)})
+    save_pretrained(build(config, tensors), config, out)
     return out
 
 
