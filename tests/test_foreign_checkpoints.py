@@ -368,9 +368,7 @@ def test_the_average_is_taken_said_and_can_be_left(name: str, tmp_path: Path) ->
     weights = {"encoder.conv.weight": torch.randn(3), "quant_conv.bias": torch.randn(2)}
     torch.save(averages(weights)[name], path := tmp_path / "last.ckpt")
     doubled = {key: 2 * tensor for key, tensor in weights.items()}
-    with pytest.warns(
-        InputWarning, match="last.ckpt has weights and their moving average .* is taken"
-    ):
+    with pytest.warns(InputWarning, match="last.ckpt has weights and their moving average .* is taken"):
         same(read_tensors([path]), doubled)
     with warnings.catch_warnings(), choosing("ema") as choice:
         warnings.simplefilter("error")
