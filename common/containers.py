@@ -160,12 +160,12 @@ def refuse_stand_in(path: Path) -> None:
 
 def refuse_other_zip(path: Path) -> None:
     """Raises InputError for a zip file that holds no checkpoint's pickle; nothing for what is not a zip file."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # a broken one can fail in any way
         raise InputError(f"{path} is damaged or not a torch checkpoint ({error}); download it again") from None
     if any(name.endswith("constants.pkl") for name in names):
         raise InputError(
