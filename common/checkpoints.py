@@ -293,7 +293,11 @@ class Weights:
         _refuse(f"{self.where} has, beyond what this family knows,", sorted(self.tensors.keys() - set(needed)))
         made = {}
         for ours, names in wanted.items():
-            tensor = torch.cat([self._finite(name) for name in names])
+            parts = [self._finite(name) for name in names]
+            if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+                listed = ", ".join(f"'{name}' {tuple(self.tensors[name].shape)}" for name in names)
+                raise InputError(f"{self.where}: {listed} do not fit together; check that all are of one checkpoint")
+            tensor = torch.cat(parts)  # a copy, so that the file need not stay mapped
             if tensor.ndim == 2 and len(shapes[ours]) == 4:  # a linear layer over channels is a 1x1 convolution
                 tensor = tensor[:, :, None, None]
             if tuple(tensor.shape) != shapes[ours]:

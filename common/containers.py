@@ -5,6 +5,7 @@ Every file and folder that cannot be read is refused in one sentence that says w
 
 import errno
 import gzip
+import io
 import os
 import re
 import tarfile
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from common.errors import InputError
 from common.files import read_json_object
@@ -226,7 +227,7 @@ def _unpack(source: Path, folder: str) -> None:
 class _Limited:
     """A file opened for reading of which no more than `limit` bytes are read or passed over."""
 
-    def __init__(self, file: IO[bytes], limit: int, name: str) -> None:
+    def __init__(self, file: io.BufferedIOBase, limit: int, name: str) -> None:
         self.file, self.limit, self.name, self.mode = file, limit, name, "rb"
 
     def read(self, size: int = -1) -> bytes:

@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ Storage = Callable[[torch.dtype, str, int, Any], Any]  # dtype, key, number of e
 class _Reader(pickle._Unpickler):
     """A pickle of protocol 0 to 5 that can do nothing but make plain values, `Inert` objects and tensors."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]

@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_bottleneck_of_ibq_trains_and_keeps_its_law() -> None:
     (output.latents.sum() + output.loss).backward()
     assert z.grad is not None and z.grad.any()
     torch.testing.assert_close(vq.lookup(output.codes), output.latents, rtol=0, atol=0)
-    assert torch.equal(output.codes[:, 0], largest_product(z.detach(), vq.codebook.detach()))
+    assert torch.equal(output.codes[:, 0], largest_product(z.detach(), vq.get_parameter("codebook").detach()))
 
 
 def hyperparameters(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
@@ -160,7 +161,7 @@ def test_a_plain_vqgan_is_no_movqgan(tmp_path: Path) -> None:
 # Chameleon ------------------------------------------------------------------------------------------------------------
 
 
-def chameleon() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+def chameleon() -> tuple[Any, dict[str, Tensor]]:
     """transformers' encoder of it, small and random, and its weights with the decoder that is left out there."""
     from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
     from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE

@@ -161,7 +161,7 @@ class Made:
     """A tensor in a pickle, of any size and stride."""
 
     def __init__(self, storage: Stored, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.arguments = (storage, 0, size, stride, False, OrderedDict())
+        self.arguments: tuple[Any, ...] = (storage, 0, size, stride, False, OrderedDict())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return torch._utils._rebuild_tensor_v2, self.arguments
@@ -505,8 +505,8 @@ def test_what_stands_in_for_a_checkpoint_is_called_what_it_is(tmp_path: Path) ->
         archive.addfile(tarfile.TarInfo("sys_info"))
     assert "written by torch 0.1" in said(file.getvalue())
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("model.ckpt", b"x")
+    with zipfile.ZipFile(file, "w") as zipped:
+        zipped.writestr("model.ckpt", b"x")
     assert "is a zip archive and not a torch checkpoint; unpack it" in said(file.getvalue())
     assert "damaged or not a torch checkpoint" in said(file.getvalue()[:-30])
     assert "damaged or not a torch checkpoint" in said(pickle.dumps({"w": [1.0]}))

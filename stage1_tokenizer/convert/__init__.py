@@ -48,6 +48,12 @@ def convert(
             config, tensors = _read(family, [Path(source) for source in sources])
     except ValidationError as error:  # sizes that no model of ours has
         raise InputError(f"{sources[0]} asks for a model that cannot be built: {error.errors()[0]['msg']}") from None
+    except InputError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # where a shape was read that no such model has
+        raise InputError(
+            f"{sources[0]} has weights of other shapes than {family} ({error}); check the family and the file"
+        ) from None
     if image_size is not None:
         if image_size < 1 or image_size % config.trunk.factor:
             raise InputError(f"image_size must be divisible by the factor {config.trunk.factor}, got {image_size}")

@@ -41,6 +41,12 @@ def convert(
             converted: Converted = module.convert(paths, settings or {})
     except ValidationError as error:  # sizes that no model of ours has
         raise InputError(f"{paths[0]} asks for a model that cannot be built: {error.errors()[0]['msg']}") from None
+    except InputError:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError) as error:  # where a shape was read that no such model has
+        raise InputError(
+            f"{paths[0]} has weights of other shapes than {family} ({error}); check the family and the files"
+        ) from None
     for part in (converted.prior, converted.image_tokenizer, converted.segmentation_tokenizer):
         if part is not None and part.config.origin is not None:
             part.config = part.config.model_copy(update={"origin": choice.noted(part.config.origin)})

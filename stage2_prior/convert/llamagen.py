@@ -55,7 +55,7 @@ def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
     tokenizer_file = one_file(sources, PUBLISHED, "vq_ds*.pt", optional=True)
     priors = [source for source in sources if source != tokenizer_file]
-    prior_file = one_file(priors, PUBLISHED, "[tc]2i_*.pt", "*.pt")
+    prior_file = one_file(priors, PUBLISHED, "[tc]2i_*.pt", "*.pt", "*.ckpt", "*.safetensors", "*.bin")
     assert prior_file is not None
     tokenizer, factor = None, FACTOR
     if tokenizer_file is not None:

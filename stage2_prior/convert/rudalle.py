@@ -44,7 +44,7 @@ class Settings(Config):
 
 def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
-    prior_file = need(sources, PUBLISHED, "pytorch_model*.bin", "*.bin")
+    prior_file = need(sources, PUBLISHED, "pytorch_model*.bin", "*.bin", "*.safetensors", "*.pt")
     tokenizer_file = need(sources, PUBLISHED, "vqgan.gumbelf8-sber.model.ckpt", "*.ckpt")
     text_file = need(sources, PUBLISHED, "bpe.model", "*.model")
     text_tokenizer = read_text_tokenizer(text_file)

@@ -34,7 +34,15 @@ PUBLISHED = (
     "k00.fr/2zz6i2ce, and ade20k_transformer, k00.fr/ot46cksa: give the folder, or both files"
 )
 PARTS = ("transformer.", "first_stage_model.", "cond_stage_model.")
-CHECKPOINTS = ("checkpoints/last.ckpt", "ckpts/last.ckpt", "*.ckpt", "checkpoints/*.ckpt")
+CHECKPOINTS = (
+    "checkpoints/last.ckpt",
+    "ckpts/last.ckpt",
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+)
 SETTINGS = ("configs/*project.yaml", "*project.yaml", "configs/*.yaml", "*.yaml", "*.yml")
 MASK = r"blocks\.\d+\.attn\.mask$"
 
