@@ -80,6 +80,7 @@ def whole(path: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
+    refuse_stand_in(index)
     names = read_json_object(index, "get the file again").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{index} has no weight_map that names files; get the file again")

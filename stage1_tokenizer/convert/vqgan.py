@@ -54,6 +54,7 @@ SIGNS = {  # the beginnings of names that tell a family
     "encoder.conv_blocks.": "llamagen-vq",
     "gen_vision_model.": "janus-vq",
     "model.vqmodel.": "janus-vq",
+    "vqmodel.": "janus-vq",
     "encoder.down_blocks.": "diffusers-vq",
     "blocks.group_": "openai-dvae",
     "encoder.down.": "taming-vqgan",
