@@ -137,7 +137,7 @@ def section(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
 def mentions(path: Path, pattern: re.Pattern[str]) -> bool:
     """Whether a pickled checkpoint has, outside of its tensors, a text or a class whose name `pattern` finds."""
     try:
-        if not path.is_file() or _begin(path)[0] != "pickle":
+        if not path.is_file() or _is_safetensors(path):
             return False
         content = read_pickle(path, tensors=False)
     except InputError:  # a YAML file, or one that is refused where its tensors are read
@@ -194,9 +194,8 @@ def read_tensors(paths: Iterable[Path], keep: Callable[[str], bool] = lambda nam
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights in a file and their moving average, each empty where there is none."""
-    kind, length = _begin(path)
-    if kind == "safetensors":
-        return _safetensors(path, length), {}
+    if _is_safetensors(path):
+        return _safetensors(path), {}
     refuse_other_zip(path)
     content = read_pickle(path)
     raw = _named(content, WRAPPERS)
@@ -208,14 +207,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return raw, average
 
 
-def _begin(path: Path) -> tuple[str, int]:
-    """safetensors or pickle, by the content, and of the former the length of its header."""
+def _is_safetensors(path: Path) -> bool:
+    """By the content: the length of a header and its first brace. By the name where the content is no zip file."""
     refuse_stand_in(path)
     with path.open("rb") as file:
         head = file.read(9)
-    length = int.from_bytes(head[:8], "little")
-    looks = head[8:] == b"{" and length < path.stat().st_size
-    return "safetensors" if looks or path.suffix == ".safetensors" and head[:2] != b"PK" else "pickle", length
+    begins = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return begins or (path.suffix == ".safetensors" and head[:2] != b"PK")
 
 
 def _inside(content: Any) -> list[Any]:
@@ -226,22 +224,25 @@ def _inside(content: Any) -> list[Any]:
     return found[:10_000]
 
 
-def _named(content: Any, entries: Sequence[str], needs_entry: bool = False) -> dict[str, Tensor]:
+def _named(content: Any, entries: Sequence[str], needs_entry: bool = False, depth: int = 0) -> dict[str, Tensor]:
     """The tensors of a dictionary or of a pickled module, in or below the first of `entries` that has any."""
+    if depth > 4:  # it may be inside itself
+        return {}
     if isinstance(content, dict):
         for entry in entries:
-            if isinstance(content.get(entry), dict | Inert) and (found := _named(content[entry], WRAPPERS)):
+            inner = content.get(entry)
+            if isinstance(inner, dict | Inert) and (found := _named(inner, WRAPPERS, depth=depth + 1)):
                 return found
     if needs_entry:
         return {}
     if isinstance(content, Inert):
-        return module_tensors(content) or _named(content.entries, entries)
+        return module_tensors(content) or _named(content.entries, entries, depth=depth + 1)
     if isinstance(content, dict):
         return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     return {}
 
 
-def _safetensors(path: Path, length: int) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:

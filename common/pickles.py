@@ -31,6 +31,7 @@ from common.errors import InputError
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # what torch began its files with before 1.6
 MOST_TIMES, SPARE = 16, 2**26  # of a file's size, and bytes: well above what compression gains on weights
+MOST_MODULES = 100_000
 PICKLE_SPARE = 2**20  # bytes: a byte of a pickle can become an object of 200
 
 
@@ -59,9 +60,10 @@ def read_pickle(path: Path, tensors: bool = True) -> Any:
 def module_tensors(module: Any) -> dict[str, Tensor]:
     """The parameters and buffers of a pickled module and of all modules inside it, named as `state_dict` names them."""
     found: dict[str, Tensor] = {}
-    waiting = [("", module, 0)]
+    waiting, looked_at = [("", module, 0)], 0
     while waiting:
         prefix, inner, depth = waiting.pop()
+        looked_at += 1
         state = inner.state if isinstance(inner, Inert) and isinstance(inner.state, dict) else {}
         for kind in ("_parameters", "_buffers"):
             tensors = state.get(kind)
@@ -70,7 +72,7 @@ def module_tensors(module: Any) -> dict[str, Tensor]:
         modules = state.get("_modules")
         if isinstance(modules, dict) and depth < 50:  # a module inside itself would have no end
             waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in modules.items()]
-        if len(waiting) > 100_000 or len(found) > 1_000_000:  # nor one that has itself several times
+        if looked_at + len(waiting) > MOST_MODULES:  # nor one that has itself several times
             raise InputError("a pickled module holds itself; give the weights as a plain checkpoint")
     return found
 

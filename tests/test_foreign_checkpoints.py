@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.averages import choosing, unwrapped
-from common.checkpoints import Weights, read_tensors
+from common.checkpoints import Weights, mentions, read_tensors
 from common.containers import unpacked
 from common.errors import InputError, InputWarning
 from common.pickles import MAGIC, VERSION, Inert, read_pickle
@@ -145,6 +146,19 @@ def test_a_legacy_file_that_is_cut_off_or_of_other_sizes_is_refused(tmp_path: Pa
     for damaged in (content[:-1], content[:-500], content[:200], content[:5]):
         path.write_bytes(damaged)
         assert "damaged or not a torch checkpoint" in refusal(lambda: read_tensors([path]))
+
+
+def test_a_checkpoint_inside_itself_is_read_once(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"w": torch.ones(2)}
+    content["model"] = content["ema"] = content["hyper_parameters"] = content
+    torch.save(content, tmp_path / "f.pt")
+    with choosing("model"):
+        same(read_tensors([tmp_path / "f.pt"]), {"w": torch.ones(2)})
+    assert not mentions(tmp_path / "f.pt", re.compile("IBQ"))
+    module: dict[str, Any] = {"model": types.SimpleNamespace(_modules={})}
+    module["model"]._modules |= {str(i): module["model"] for i in range(9)}
+    torch.save(module, tmp_path / "g.pt")
+    assert "holds itself" in refusal(lambda: read_tensors([tmp_path / "g.pt"]))
 
 
 # What a file may ask for ----------------------------------------------------------------------------------------------
