@@ -5,7 +5,7 @@ The same models validate the `config.json` beside weights. Unknown keys are erro
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +28,7 @@ class Origin(Config):
     files: tuple[str, ...]  # their names
     code_licence: str
     weights_licence: str
+    weights: Literal["model", "ema"] | None = None  # which were taken of a file that has both
 
 
 C = TypeVar("C", bound=BaseModel)

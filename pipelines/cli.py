@@ -457,6 +457,9 @@ class Convertible(StrEnum):
     llamagen_vq = "llamagen-vq"
     janus_vq = "janus-vq"
     diffusers_vq = "diffusers-vq"
+    ibq_vq = "ibq-vq"
+    sber_movqgan = "sber-movqgan"
+    chameleon_vq = "chameleon-vq"
     mindalle = "mindalle"
     rudalle = "rudalle"
     min_dalle = "min-dalle"
@@ -483,6 +486,10 @@ def convert(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What a prior's files do not say.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="model|ema", help="Which weights, where a file has both.  [default: ema, if it is whole]"),
+    ] = None,
 ) -> None:
     """Turn a public image tokenizer, or a prior with all it needs, into ours; nothing in its files is executed."""
     from pipelines.convert import convert as run
@@ -495,6 +502,7 @@ def convert(
             image_size=image_size,
             image_tokenizer=image_tokenizer,
             settings=settings or [],
+            weights=weights,
         )
     )
 

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.averages import choosing
+from common.checkpoints import read_tensors
 from common.config import validate
 from common.errors import InputError, nearest
 from common.normalization import visible
@@ -325,33 +327,44 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    """Loads the file's weights strictly. Raises InputError unless it holds exactly this model's, all of them finite."""
+    """Loads the file's weights strictly, without what wrappers of modules put into their names.
+
+    Raises InputError unless it holds exactly this model's, all of them finite.
+    """
     from open_clip.factory import load_checkpoint
 
     try:
-        for name, shape in _shapes(path).items():
-            # open_clip would stretch position embeddings of another image size or context length to fit.
-            own = model.state_dict().get(name.removeprefix("module."))
-            if name.endswith("positional_embedding") and own is not None and tuple(own.shape) != shape:
-                raise ValueError(f"size mismatch for {name}: {shape} in the file, {tuple(own.shape)} in the model")
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
+        if path.suffix in (".npz", ".npy"):
+            load_checkpoint(model, str(path), strict=True, weights_only=True)
+        else:
+            with choosing("model"):
+                _load_state(model, read_tensors([path]))
         broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise ValueError(f"{broken[0]} is not finite")
-    except Exception as error:  # a pickle, a cut-off file, missing or foreign names, other shapes
+    except InputError as error:  # of another kind, cut off, ...
+        raise InputError(f"the weights are not this model's: {error}") from error
+    except Exception as error:  # missing or foreign names, other shapes
         raise InputError(f"the weights in {path} are not this model's: {_one_line(error)}; restore the file") from error
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a weight file, without reading them where the format allows."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    if path.suffix in (".npz", ".npy"):
-        return {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What open_clip does with a file's tensors before it loads them, but for stretching what has another size."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_state_dict(model, state)
+    own = model.state_dict()
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    if (positions := "text.transformer.embeddings.position_ids") not in own:  # of old transformers
+        state.pop(positions, None)
+    for name in ("logit_scale", "logit_bias"):  # a number, with or without an axis
+        if name in state and name in own and state[name].numel() == 1:
+            state[name] = state[name].reshape(own[name].shape)
+    if "logit_scale" in state and "logit_bias" in own:  # a model of before SigLIP's loss
+        state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+    model.load_state_dict(state, strict=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
