@@ -142,6 +142,21 @@ def refuse_data_folder(output: Path, data: Path, key: str) -> None:
         raise InputError(f"{key}: {output} is the data folder; choose another folder, it can be one inside")
 
 
+def own_folder(folder: Path, what: str) -> None:
+    """Makes a folder that will hold nothing but `what` (one word), of which the writer may replace anything.
+
+    A hidden file says so from then on. Raises InputError when the folder holds something and does not say so.
+    """
+    mark = folder / f".tessera-{what}"
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+        raise InputError(f"{folder} is not empty and was not made for {what}; choose another folder or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        _refuse(folder, error)
+
+
 def is_ours(path: Path) -> bool:
     """Whether Tessera wrote the file at `path`, by its content."""
     try:

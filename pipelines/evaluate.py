@@ -216,6 +216,8 @@ def resume(file: Path, begun: dict[str, Any]) -> dict[int, Outcome]:
     except OSError as error:
         raise InputError(f"cannot write {file.parent}: {error.strerror or error}; choose another folder") from None
     whole = lines[:-1]  # what follows the last line end was cut off in the middle
+    if not whole and lines[-1] and not lines[-1].startswith("{"):
+        raise InputError(f"{file} was not written by an evaluation; choose another folder")
     begun = json.loads(json.dumps(begun))
     if whole:
         try:

@@ -19,6 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import InputError
+from common.writing import own_folder
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from glyphs import DEFAULT_FONT, compose, load_items, premultiplied
 from labels import label_glyph, map_picture
@@ -34,6 +37,11 @@ def main() -> int:
     if not arguments.font.is_file():
         message = f"no font at {arguments.font}: install fonts-noto-color-emoji or give --font"
         print(f"prepare_maps.py: {message}", file=sys.stderr)
+        return 2
+    try:
+        own_folder(arguments.out, "segmentation")
+    except InputError as error:
+        print(f"prepare_maps.py: {error}", file=sys.stderr)
         return 2
     items, _ = load_items(arguments.font)
     splits, out = split_items(items), arguments.out
