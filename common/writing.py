@@ -249,13 +249,22 @@ def _stale(target: Path, files: list[Path], known: Mapping[str, str]) -> list[Pa
     new, stale = set(files), []
     for folder in sorted({name.parent for name in files} | {Path(name).parent for name in known}):
         place = target / folder
+        shards = _shards(place)
         for path in sorted(place.iterdir()) if place.is_dir() else []:
             inner = folder / path.name
-            own = any(fnmatch(path.name, pattern) for pattern in NAMES) or inner.as_posix() in known
+            own = path.name in NAMES or path.name in shards or inner.as_posix() in known
             if own and inner not in new:
                 _refuse_unless_ours(path, known.get(inner.as_posix()))
                 stale.append(inner)
     return stale
+
+
+def _shards(folder: Path) -> set[str]:
+    """The weight files that the index in `folder` names."""
+    try:
+        return set(_object(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
 
 
 def _settle(scratch: Path, target: Path, files: list[Path], stale: list[Path]) -> None:

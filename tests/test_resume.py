@@ -150,6 +150,8 @@ def test_other_data_and_other_parts_are_refused(world: Path, copied: Path, tmp_p
     other = train(world, "prior", tmp_path / "other", "run.seed=7")
     with pytest.raises(InputError, match="prior has changed"):
         train(world, "lora", copied / "lora", f"prior={other}", "run.steps=9")
+    with pytest.raises(InputError, match="what is trained has changed: it was prior .* and is finetune now"):
+        train(world, "lora", copied / "prior", "run.steps=9")
     with pytest.raises(InputError, match="prior has changed: it was null"):
         train(world, "prior", copied / "prior", f"prior={other}", "run.steps=9")
     after = snapshot(copied)
