@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config import validate
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, reason
+from common.files import read_json_object
+from common.paths import expand, is_file, is_folder
 from common.text import END, PAD, TextTokenizer
 from common.weights import Unfilled, fingerprint, hub_at_once, new_folder, write_json
 from rerank import towers
@@ -60,8 +62,8 @@ class ClipReranker:
         The model comes in eval mode. Raises InputError: unknown name or tag; missing, partial, broken or wrong weights;
         a tag or a hub name that cannot be downloaded.
         """
-        if Path(name).is_dir():
-            reranker = _from_folder(Path(name), weights)
+        if is_folder(expand(name)):
+            reranker = _from_folder(expand(name), weights)
         else:
             reranker = _from_name(str(name), None if weights is None else str(weights))
         return reranker.to(device, dtype)
@@ -187,7 +189,7 @@ def new_clip(model_config: Mapping[str, Any], text_tokenizer: TextTokenizer) -> 
 def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
     if weights is not None:
         raise InputError(f"{folder} is a folder, which brings its own weights; leave weights={weights} out")
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_file(folder / CONFIG_FILE):
         raise InputError(f"{folder} has no {CONFIG_FILE}; give a folder written by tessera train reranker or open_clip")
     text_cfg = _read_config(folder / CONFIG_FILE)["model_cfg"].get("text_cfg", {})
     if text_cfg.get("hf_tokenizer_name") and not (folder / "tokenizer_config.json").is_file():
@@ -215,12 +217,12 @@ def _plain(folder: Path, weights: str) -> ClipReranker | None:
     preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
     if texts is None or preprocess_cfg is None:
         return None
-    with Unfilled():
-        model = towers.CLIP(config)
     try:
+        with Unfilled():
+            model = towers.CLIP(config)
         state = load_file(folder / weights)
         model.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError):  # cut off, or other names or shapes
+    except Exception:  # sizes that cannot be, a file that is cut off, other names or shapes: each has its own kind
         return None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         return None
@@ -256,10 +258,10 @@ def _from_name(name: str, weights: str | None) -> ClipReranker:
         raise InputError(f"open_clip's {name} needs weights: a file, or one of the tags {', '.join(tags) or '(none)'}")
     if weights in tags:
         return _from_tag(name, cleaned, weights)
-    if not Path(weights).is_file():
+    if not is_file(expand(weights)):
         raise InputError(f"'{weights}' is neither a file nor a tag of open_clip's {name}{nearest(weights, tags)}")
     reranker = _load(cleaned, name, load_weights=False, pretrained_text=False)
-    _fill(reranker.model, Path(weights))
+    _fill(reranker.model, expand(weights))
     return reranker
 
 
@@ -293,7 +295,7 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
                 raise InputError(
                     f"open_clip cannot get {what}; check the name and the network, or give local weights"
                 ) from error
-            raise InputError(f"open_clip cannot load {what}: {_one_line(error)}") from error
+            raise InputError(f"open_clip cannot load {what}: {reason(error)}") from error
     if arguments.get("force_quick_gelu"):
         model_cfg["quick_gelu"] = True
     return ClipReranker(
@@ -316,7 +318,7 @@ def _fill(model: nn.Module, path: Path) -> None:
         if broken:
             raise ValueError(f"{broken[0]} is not finite")
     except Exception as error:  # a pickle, a cut-off file, missing or foreign names, other shapes
-        raise InputError(f"the weights in {path} are not this model's: {_one_line(error)}; restore the file") from error
+        raise InputError(f"the weights in {path} are not this model's: {reason(error)}; restore the file") from error
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -332,12 +334,10 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({_one_line(error)}); restore the file") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise InputError(f"{path} has no model_cfg; restore the file")
+    config = read_json_object(path)
+    model_cfg = config.get("model_cfg")
+    if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("text_cfg", {}), dict):
+        raise InputError(f"{path} has no model_cfg of a CLIP; restore the file")
     return config
 
 
@@ -357,8 +357,3 @@ def _quiet_about_random_weights() -> Iterator[None]:
     finally:
         root.removeHandler(silent)
         root.removeFilter(unexpected)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."

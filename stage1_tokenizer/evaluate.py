@@ -1,6 +1,7 @@
 """How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from common.data import ImageFolder
 from common.errors import InputError
+from common.files import read_json_lines
 from common.metrics import frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
@@ -86,8 +88,11 @@ def evaluate(
     of Heusel et al. 2017) and `clip_frechet` (embeddings of `clip`). `codes_used` is the share of the codebook that
     occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
     out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
-    a JSON line for each picture. Raises InputError for a wrong model, data folder or weights, or a broken picture.
+    a JSON line for each picture. Raises InputError for a wrong model, data folder or weights, a broken picture, or a
+    file `per_image` that holds something else.
     """
+    if per_image is not None:
+        _refuse_other(per_image)
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,6 +130,18 @@ def evaluate(
         **measures.report(),
         "images_per_second": round(len(images) / seconds, 1),  # encoded and decoded, without reading and measuring
     }
+
+
+def _refuse_other(path: Path) -> None:
+    """Raises InputError when there is something that no earlier evaluation wrote: its lines have other keys."""
+    if not os.path.lexists(path):
+        return
+    try:
+        rows = [row for _, row in read_json_lines(path)]
+    except InputError:
+        rows = [None]
+    if not all(isinstance(row, dict) and {"file_name", "psnr"} <= row.keys() for row in rows):
+        raise InputError(f"{path} is there and no evaluation wrote it; choose another file")
 
 
 def _write_lines(path: Path, images: ImageFolder, figures: dict[str, list[float]]) -> None:
