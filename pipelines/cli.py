@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what was wrong an
 Nothing heavy is imported before a command runs, so `tessera --help` answers at once.
 """
 
+import codecs
 import gc
 import json
 import os
@@ -40,7 +41,19 @@ EXTRAS = {  # packages that only a few need, and the extra that brings each
 
 # Raised where a file is read, they mean that the file is damaged or cannot be had, even where the reader forgot to say
 # so in its own words: by the module or the package that their class is from, and by their name.
-OF_BAD_FILES = ("json", "yaml", "zipfile", "tarfile", "pickle", "_pickle", "zlib", "struct", "safetensors_rust", "PIL")
+OF_BAD_FILES = (
+    "json",
+    "yaml",
+    "zipfile",
+    "tarfile",
+    "pickle",
+    "_pickle",
+    "zlib",
+    "struct",
+    "_csv",
+    "safetensors_rust",
+    "PIL",
+)
 BAD_FILES = ("EOFError", "RecursionError", "MemoryError", "PanicException", "UnicodeDecodeError", "UnicodeEncodeError")
 BAD_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
@@ -153,9 +166,20 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _write_what_cannot_be_written() -> None:
     """Characters that the terminal or the pipe has no code for are written as escapes; no work is lost for them."""
+
+    def escape(error: UnicodeError) -> tuple[bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        # A byte of a file's name that the locale could not read is written as it is.
+        coded = (
+            os.fsencode(one) if "\udc80" <= one <= "\udcff" else one.encode("ascii", "backslashreplace")
+            for one in error.object[error.start : error.end]
+        )
+        return b"".join(coded), error.end
+
+    codecs.register_error("tessera", escape)
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors="tessera")  # type: ignore[union-attr]
 
 
 def _complain(kind: str, message: str, code: int) -> int:

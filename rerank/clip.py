@@ -204,7 +204,17 @@ def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
         return plain
     reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
     _fill(reranker.model, folder / found[0])
+    _try(reranker, folder)
     return reranker
+
+
+def _try(reranker: ClipReranker, folder: Path) -> None:
+    """Raises InputError unless a text and a picture can be scored: open_clip checks few values of a config when it
+    builds from it. A folder that needs open_clip takes seconds to load, one score is little beside that."""
+    try:
+        reranker.score("a", [Image.new("RGB", (8, 8))])
+    except Exception as error:
+        raise InputError(f"{folder / CONFIG_FILE} describes no working CLIP ({reason(error)}); restore it") from error
 
 
 def _plain(folder: Path, weights: str) -> ClipReranker | None:

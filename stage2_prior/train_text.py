@@ -15,7 +15,7 @@ from stage2_prior.truncation import describe, truncation
 
 class TextRecipe(Config):
     data: DataConfig
-    vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    vocab_size: int = Field(4096, ge=259, le=2**24)  # 256 bytes and 3 specials at least
     text_length: int | None = Field(None, ge=2)  # of the prior it is for; says what of each language would be cut
     output: Path
 
