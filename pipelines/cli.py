@@ -51,8 +51,8 @@ OF_BAD_FILES = (
     "zlib",
     "struct",
     "_csv",
-    "safetensors_rust",
     "PIL",
+    "safetensors_rust",
 )
 BAD_FILES = ("EOFError", "RecursionError", "MemoryError", "PanicException", "UnicodeDecodeError", "UnicodeEncodeError")
 BAD_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
