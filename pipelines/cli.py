@@ -41,19 +41,7 @@ EXTRAS = {  # packages that only a few need, and the extra that brings each
 
 # Raised where a file is read, they mean that the file is damaged or cannot be had, even where the reader forgot to say
 # so in its own words: by the module or the package that their class is from, and by their name.
-OF_BAD_FILES = (
-    "json",
-    "yaml",
-    "zipfile",
-    "tarfile",
-    "pickle",
-    "_pickle",
-    "zlib",
-    "struct",
-    "_csv",
-    "PIL",
-    "safetensors_rust",
-)
+OF_BAD_FILES = "json yaml zipfile tarfile pickle _pickle zlib struct _csv PIL safetensors_rust".split()
 BAD_FILES = ("EOFError", "RecursionError", "MemoryError", "PanicException", "UnicodeDecodeError", "UnicodeEncodeError")
 BAD_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)

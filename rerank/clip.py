@@ -214,7 +214,9 @@ def _try(reranker: ClipReranker, folder: Path) -> None:
     try:
         reranker.score("a", [Image.new("RGB", (8, 8))])
     except Exception as error:
-        raise InputError(f"{folder / CONFIG_FILE} describes no working CLIP ({reason(error)}); restore it") from error
+        raise InputError(
+            f"{folder / CONFIG_FILE} describes no working CLIP ({_one_line(error)}); restore it"
+        ) from error
 
 
 def _plain(folder: Path, weights: str) -> ClipReranker | None:
@@ -305,7 +307,7 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
                 raise InputError(
                     f"open_clip cannot get {what}; check the name and the network, or give local weights"
                 ) from error
-            raise InputError(f"open_clip cannot load {what}: {reason(error)}") from error
+            raise InputError(f"open_clip cannot load {what}: {_one_line(error)}") from error
     if arguments.get("force_quick_gelu"):
         model_cfg["quick_gelu"] = True
     return ClipReranker(
@@ -328,7 +330,7 @@ def _fill(model: nn.Module, path: Path) -> None:
         if broken:
             raise ValueError(f"{broken[0]} is not finite")
     except Exception as error:  # a pickle, a cut-off file, missing or foreign names, other shapes
-        raise InputError(f"the weights in {path} are not this model's: {reason(error)}; restore the file") from error
+        raise InputError(f"the weights in {path} are not this model's: {_one_line(error)}; restore the file") from error
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -367,3 +369,7 @@ def _quiet_about_random_weights() -> Iterator[None]:
     finally:
         root.removeHandler(silent)
         root.removeFilter(unexpected)
+
+
+def _one_line(error: Exception) -> str:
+    return reason(error)
