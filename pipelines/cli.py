@@ -97,9 +97,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, WriteError):
         return _complain("failed", str(error), 1)
     if _is_bad_file(error):
-        file = getattr(error, "filename", None) or _file_at_fault(error) or "a file"
-        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {reason(error)}"
-        return _complain("error", f"{file} cannot be read ({what}); give another file, or restore it", 2)
+        return _complain("error", _of_bad_file(error), 2)
     hint = "" if shown else " (TESSERA_DEBUG=1 shows the traceback)"
     return _complain("failed", f"{type(error).__name__}: {reason(error, 1000)}{hint}", 1)
 
@@ -107,6 +105,12 @@ def _explain(error: BaseException) -> int:
 def _is_bad_file(error: BaseException) -> bool:
     package = type(error).__module__.split(".")[0]
     return isinstance(error, BAD_PATHS) or package in OF_BAD_FILES or type(error).__name__ in BAD_FILES
+
+
+def _of_bad_file(error: BaseException) -> str:
+    file = getattr(error, "filename", None) or _file_at_fault(error) or "a file"
+    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {reason(error)}"
+    return f"{file} cannot be read ({what}); give another file, or restore it"
 
 
 def _file_at_fault(error: BaseException) -> Path | None:
@@ -199,7 +203,10 @@ def _command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def run(**given: Any) -> None:
-            function(**{name: _as_meant(value) for name, value in given.items()})
+            try:
+                function(**{name: _as_meant(value) for name, value in given.items()})
+            except EOFError as error:  # click would take it for the end of what is typed
+                raise InputError(_of_bad_file(error)) from error
 
         group.command(name)(run)
         return function
