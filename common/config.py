@@ -3,8 +3,6 @@
 The same models validate the `config.json` beside weights. Unknown keys are errors that suggest the nearest name.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,19 +59,6 @@ def read_config(kind: type[C], folder: str | Path) -> C:
     if not is_file(path):
         raise InputError(f"{folder} has no config.json; give a folder written by save_pretrained")
     return validate(kind, read_json(path), where=str(path))
-
-
-@contextmanager
-def built_from(folder: str | Path) -> Iterator[None]:
-    """Around the building of a model: what torch raises for sizes that no model can have is said of the config.json."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of shapes, of memory, of numbers that are too large: each has its own kind
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        path = Path(folder) / "config.json"
-        raise InputError(f"{path} describes a model that cannot be built ({reason}); restore the file") from error
 
 
 def validate(kind: type[C], values: Any, where: str) -> C:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.building import built_from
 from common.config import validate
 from common.errors import InputError, nearest, reason
 from common.files import read_json_object
@@ -202,7 +203,8 @@ def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
     plain = _plain(folder, found[0])
     if plain is not None:
         return plain
-    reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
+    with built_from(folder, CONFIG_FILE):
+        reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
     _fill(reranker.model, folder / found[0])
     _try(reranker, folder)
     return reranker
@@ -225,18 +227,17 @@ def _plain(folder: Path, weights: str) -> ClipReranker | None:
     config = towers.known(content["model_cfg"])
     if config is None or not config.text_cfg.hf_tokenizer_name or not weights.endswith(".safetensors"):
         return None
-    texts = FileTokenizer.from_folder(folder, config.text_cfg.context_length)
-    preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
-    if texts is None or preprocess_cfg is None:
-        return None
     try:
-        with Unfilled():
+        with built_from(folder, CONFIG_FILE), Unfilled():
             model = towers.CLIP(config)
         state = load_file(folder / weights)
         model.load_state_dict(state)
     except Exception:  # sizes that cannot be, a file that is cut off, other names or shapes: each has its own kind
         return None
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+    texts = FileTokenizer.from_folder(folder, config.text_cfg.context_length)
+    preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    if texts is None or preprocess_cfg is None or not finite:
         return None
     return ClipReranker(model.eval(), texts, {"model_cfg": content["model_cfg"], "preprocess_cfg": preprocess_cfg})
 
@@ -302,6 +303,8 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
             model = open_clip.create_model(source, **arguments)
             tokenizer = open_clip.get_tokenizer(source)
             model_cfg = open_clip.get_model_config(source)
+        except InputError:
+            raise
         except Exception as error:  # open_clip, torch, the hub and json each raise their own kinds here
             if network:
                 raise InputError(

@@ -15,7 +15,8 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, Origin, built_from, read_config
+from common.building import built_from
+from common.config import Config, Origin, read_config
 from common.errors import InputError
 from common.weights import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Bottlenecked, HierarchyConfig, VQEMAConfig, build_bottleneck

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from common.config import built_from, read_config
+from common.building import built_from
+from common.config import read_config
 from common.errors import InputError, nearest
 from common.text import FILE, TextTokenizer
 from common.weights import Unfilled, find_folder, load_weights
