@@ -1,6 +1,7 @@
 """How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from common.data import ImageFolder, Unreadable
 from common.errors import InputError
+from common.files import read_json_lines
 from common.metrics import frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
@@ -87,8 +89,10 @@ def evaluate(
     occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
     out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
     a JSON line for each picture that can be read; broken ones are skipped and named. Raises InputError for a wrong
-    model, data folder or weights, or too many broken pictures.
+    model, data folder or weights, too many broken pictures, or a file `per_image` that holds something else.
     """
+    if per_image is not None:
+        _refuse_other(per_image)
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,6 +137,18 @@ def evaluate(
         **measures.report(),
         "images_per_second": round(len(measured) / seconds, 1),  # encoded and decoded, without reading and measuring
     }
+
+
+def _refuse_other(path: Path) -> None:
+    """Raises InputError when there is something that no earlier evaluation wrote: its lines have other keys."""
+    if not os.path.lexists(path):
+        return
+    try:
+        rows = [row for _, row in read_json_lines(path)]
+    except InputError:
+        rows = [None]
+    if not all(isinstance(row, dict) and {"file_name", "psnr"} <= row.keys() for row in rows):
+        raise InputError(f"{path} is there and no evaluation wrote it; choose another file")
 
 
 def _write_lines(path: Path, images: ImageFolder, measured: list[int], figures: dict[str, list[float]]) -> None:

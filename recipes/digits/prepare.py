@@ -33,7 +33,7 @@ def main() -> int:
         file, split = f"{number:04d}.png", "test" if number % 3 == 2 else "train"
         Image.fromarray(np.rint(values * (255 / 16)).astype(np.uint8)).save(out / file)  # values are 0 to 16
         rows.append({"file_name": file, "label": int(label), "split": split})
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} digits")
     return 0
 

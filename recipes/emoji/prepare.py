@@ -161,7 +161,7 @@ def write_glyphs(folder: Path, world: World) -> None:
         file = f"{number:04d}.png"
         item.bitmap.save(folder / file, compress_level=4)
         lines.append(json.dumps(glyph_line(file, item, world.names[item.id], world.split[item.id]), ensure_ascii=False))
-    (folder / "colours.json").write_text(json.dumps(COLOURS | {"white": WHITE}) + "\n")
+    (folder / "colours.json").write_text(json.dumps(COLOURS | {"white": WHITE}) + "\n", encoding="utf-8")
     write_whole(folder / "metadata.jsonl", lines)
 
 

@@ -56,8 +56,8 @@ def main() -> int:
         map_picture(label_glyph(picture, glyph[..., 3] / 255)).save(out / "maps" / name)
         rows.append({"file_name": f"pictures/{name}", "segmentation": f"maps/{name}", "split": split})
         map_rows.append({"file_name": name, "split": split})
-    (out / "maps" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map_rows))
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "maps" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map_rows), encoding="utf-8")
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} pictures, {sum(row['split'] == 'train' for row in rows)} to train on")
     return 0
 
