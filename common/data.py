@@ -193,8 +193,8 @@ def step_loader(steps: Dataset[B], first: int, last: int, num_workers: int = 0) 
             batch = next(batches)
         except InputError as error:  # from a worker it comes with that worker's traceback in front
             failure = str(error).rpartition("InputError: ")[2].strip()
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two of a connection to a process that is gone
+            if not num_workers or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):
                 raise
             failure = (
                 f"a loader process died or gave no batch within {LOADER_PATIENCE} s, for want of memory or shared "

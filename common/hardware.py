@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def has_accelerator() -> bool:
+    """Whether there is a device beside the CPU. accelerate takes several processes on CPUs alone for one unless told."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the hardware has bfloat16 matrix arithmetic; a CPU without it takes a hundred times as long."""
     if torch.cuda.is_available():

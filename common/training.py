@@ -36,7 +36,7 @@ from common.config import Config
 from common.data import Unreadable, step_loader
 from common.errors import InputError, WriteError
 from common.files import parse_yaml, read_text, split_lines
-from common.hardware import keep_memory, multiplies_bfloat16
+from common.hardware import has_accelerator, keep_memory, multiplies_bfloat16
 from common.images import contact_sheet, save_png, to_pil
 from common.lock import FolderLock
 from common.muon import Muon
@@ -106,7 +106,9 @@ class Run:
         self.config, self.step = config, 0
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.bfloat16 else "no", step_scheduler_with_optimizer=False
+            mixed_precision="bf16" if self.bfloat16 else "no",
+            cpu=not has_accelerator(),
+            step_scheduler_with_optimizer=False,
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         if config.batch_size < self.accelerator.num_processes:
