@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _write_what_cannot_be_written()
     try:
         with warnings.catch_warnings(), _ended_by_sigterm():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(None if arguments is None else list(arguments), prog_name="tessera", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except _Terminated:

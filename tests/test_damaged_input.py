@@ -25,8 +25,7 @@ from pipelines.bundle import load_bundle
 from stage2_prior.lora import base_fingerprint
 
 EXAMPLES = int(os.environ.get("TESSERA_EXAMPLES", "0"))
-HERE = {"derandomize": not EXAMPLES, "deadline": None, "suppress_health_check": list(HealthCheck)}
-ODD = [
+ODD: list[Any] = [
     None,
     True,
     -1,
@@ -189,7 +188,13 @@ def test_damaged_files_are_one_sentence(
     monkeypatch.chdir(world)
     whole = Path(name).read_bytes()
 
-    @settings(max_examples=EXAMPLES or 12, **HERE)
+    @settings(
+        max_examples=EXAMPLES or 12,
+        derandomize=not EXAMPLES,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.integers(0, 2**32))
     def try_one(seed: int) -> None:
         Path(name).write_bytes(damaged(whole, name, Random(seed)))
