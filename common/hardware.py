@@ -15,6 +15,8 @@ def multiplies_bfloat16() -> bool:
 
 
 def cpu_multiplies_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6, which asks x86 processors alone
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

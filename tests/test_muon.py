@@ -65,9 +65,24 @@ def test_checkpoints_of_torchs_own_muon_go_on_with_their_momentum():
     torch.testing.assert_close(first.state[ours]["momentum_buffer"], before.lerp(gradients[1], 0.05))
 
 
-def test_bfloat16_is_chosen_by_what_the_cpu_can_do(monkeypatch):
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({"avx2": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_chosen_by_what_the_cpu_can_do(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert not multiplies_bfloat16()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
-    assert multiplies_bfloat16()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert multiplies_bfloat16() == expected
+
+
+@pytest.mark.parametrize(("avx", "amx"), [(False, False), (True, False), (False, True)])
+def test_an_older_torch_is_asked_for_what_the_cpu_can_do(monkeypatch, avx, amx):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert multiplies_bfloat16() == (avx or amx)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block
@@ -19,6 +18,13 @@ FEWEST = 32  # rows that `_int_mm` multiplies on a GPU
 MULTIPLE = 16  # of both sides of a weight, for the GPU's kernels
 
 Product = Callable[[Tensor], Tensor]
+
+
+def without_fp8() -> str:
+    """Why this torch does not multiply in fp8, in one clause; empty when it does."""
+    if hasattr(F, "scaled_mm"):
+        return ""
+    return f"torch {torch.__version__} has no product of fp8 matrices; take int8, or a torch with nn.functional.scaled_mm"
 
 
 class Products(NamedTuple):
@@ -61,7 +67,7 @@ class FP8:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, scale = to_fp8(x)
-        by_row = ScalingType.RowWise
+        by_row = F.ScalingType.RowWise
         sums = F.scaled_mm(rows, self.weight, scale, by_row, self.scale, by_row, output_dtype=torch.bfloat16)
         return sums.to(x.dtype)
 
