@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from common.bpe_dropout import DroppingBPE
 from common.errors import InputError
 from common.foreign_text import adopt, as_json, clip_tokenizer
-from common.weights import new_folder
+from common.writing import replacing, write_text
 
 PAD, START, END = 0, 1, 2
 SPECIALS = ["<pad>", "<start>", "<end>"]
@@ -77,12 +77,9 @@ class TextTokenizer:
         return cls(tokenizer if ours else _adopted(tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        with new_folder(folder) as part:
-            self.save_into(part)
-
-    def save_into(self, folder: str | Path) -> None:
-        """Adds `tokenizer.json` to a folder that exists."""
-        self._tokenizer.save(str(Path(folder) / FILE))
+        """Writes `folder/tokenizer.json`, whole or not at all; whatever else is there stays."""
+        with replacing(folder) as part:
+            write_text(part / FILE, self.to_json())
 
     @property
     def vocab_size(self) -> int:
@@ -115,7 +112,7 @@ class TextTokenizer:
 
     def to_json(self) -> str:
         """The content of `tokenizer.json`."""
-        text: str = self._tokenizer.to_str()
+        text: str = self._tokenizer.to_str(pretty=True)
         return text
 
     @cached_property

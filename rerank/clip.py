@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from common.config import validate
 from common.errors import InputError, nearest
 from common.text import END, PAD, TextTokenizer
-from common.weights import Unfilled, fingerprint, hub_at_once, new_folder, write_json
+from common.weights import Unfilled, fingerprint, hub_at_once
+from common.writing import MARK, replacing, write_json
 from rerank import towers
 from rerank.preprocessing import Preprocessing
 from rerank.tokenizer import FileTokenizer, save_tokenizer, tokenizer_content, write_tokenizer
@@ -73,11 +74,11 @@ class ClipReranker:
             for name, tensor in self.model.state_dict().items()
         }
         config = copy.deepcopy(self.config)
-        with new_folder(folder) as part:
+        with replacing(folder) as part:
             if save_tokenizer(self.tokenizer, part):
                 config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"  # "read it from this folder"
             write_json(part / CONFIG_FILE, config)
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHT_FILE)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHT_FILE, {MARK: "1"})
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "ClipReranker":
         """Moves the model in place and returns self; None leaves that side as it is."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.config import Config
 from common.errors import InputError
 from common.text import END, SPECIALS, TextTokenizer
-from common.weights import write_json
+from common.writing import write_json
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # older files of transformers, which it reads as well

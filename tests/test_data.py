@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageFolder, Order, Steps, read_items
+from common.data import ImageFolder, Order, Steps
 from common.errors import InputError
+from common.folder import read_items
 from common.images import open_image, read_origin, save_png, to_pil, to_tensor
 from common.metrics import perplexity, psnr
 
