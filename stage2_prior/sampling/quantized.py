@@ -24,7 +24,9 @@ def without_fp8() -> str:
     """Why this torch does not multiply in fp8, in one clause; empty when it does."""
     if hasattr(F, "scaled_mm"):
         return ""
-    return f"torch {torch.__version__} has no product of fp8 matrices; take int8, or a torch with nn.functional.scaled_mm"
+    return (
+        f"torch {torch.__version__} has no product of fp8 matrices; take int8, or a torch with nn.functional.scaled_mm"
+    )
 
 
 class Products(NamedTuple):
