@@ -62,7 +62,7 @@ class ImageFolder:
             size = item.path.stat().st_size if item.path.is_file() else -1
             name = item.path.relative_to(self.folder).as_posix()
             parts.append(repr((name, size, item.captions, item.weight, item.label)))
-        return f"{len(parts)} pictures, {fingerprint(*parts)}"
+        return f"{len(parts)} pictures (fingerprint {fingerprint(*parts)})"
 
     def image(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
@@ -188,17 +188,21 @@ def step_loader(steps: Dataset[B], first: int, last: int, num_workers: int = 0) 
     )
     batches = iter(loader)
     for _ in range(first, last):
+        failure = ""
         try:
             batch = next(batches)
         except InputError as error:  # from a worker it comes with that worker's traceback in front
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+            failure = str(error).rpartition("InputError: ")[2].strip()
         except RuntimeError as error:
             if "DataLoader" not in str(error):
                 raise
-            raise InputError(
+            failure = (
                 f"a loader process died or gave no batch within {LOADER_PATIENCE} s, for want of memory or shared "
                 "memory (/dev/shm) perhaps; use fewer run.num_workers, or 0"
-            ) from None
+            )
+        if failure:
+            del batches  # with its workers: torch raises in whatever runs later when it hears of one that died
+            raise InputError(failure)
         yield batch
 
 

@@ -188,7 +188,7 @@ def _sidecar_rows(folder: Path, left_out: list[str], split: str) -> Iterator[_Ro
         elif suffix in SUFFIXES:
             sidecar = path.with_suffix(".txt")
             text = read_lines(sidecar) if sidecar.is_file() else []
-            if not text and written_by_tessera(path):
+            if not text and _ours(path):
                 left_out.append(f"{path} (written by Tessera)")
                 continue
             yield _Row(str(path), folder, {"file_name": name.as_posix(), "text": text}, split)
@@ -218,6 +218,13 @@ def _walk(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {error.strerror}; mend its permissions") from None
     return sorted(found)
+
+
+def _ours(path: Path) -> bool:
+    try:
+        return written_by_tessera(path)
+    except OSError:  # reading it will say so
+        return False
 
 
 def _hidden(name: str) -> bool:

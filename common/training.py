@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "run.num_workers", "run.compile", "activation_checkpointing", "prompts", "sampling", "data.validation_split",
     "loss.decoder_only_from",
 )  # fmt: skip
+TRAINED = "what is trained"  # in the identity of a run: the stage
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
 
@@ -129,7 +130,8 @@ class Run:
         self._found = self._newest_checkpoint()
         if self._found is not None:
             _refuse_changes(self._found.get("identity"), self.identity, self.folder)
-        self._writer = self._start_folder(recipe) if self.is_main else None
+        self._recipe = recipe
+        self._writer = self._start_folder() if self.is_main else None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -167,6 +169,9 @@ class Run:
         `steps[i]` must be a pure function of i. A batch may have a field `skipped` with sentences to log.
         """
         self._resume()
+        if self.is_main:  # not before the checkpoint has accepted it
+            text = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            write_text(self.folder / "recipe.yaml", text)
         first = self.step
         self._seed()
         start, shown = time.perf_counter(), first
@@ -353,8 +358,8 @@ class Run:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _start_folder(self, recipe: Config) -> Any:
-        """Makes the folders and writes the accepted recipe; returns TensorBoard's writer, where it is installed."""
+    def _start_folder(self) -> Any:
+        """Makes the folders; returns TensorBoard's writer, where that is installed."""
         try:
             for name in ("checkpoints", "samples", "logs"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -362,8 +367,6 @@ class Run:
             raise InputError(
                 f"cannot write the run folder {self.folder}: {error.strerror}; change run.output"
             ) from None
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(self.folder / "recipe.yaml", text)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # the extra `track` brings it
@@ -428,7 +431,7 @@ class Run:
 
 def _identity(recipe: Config, identities: Mapping[str, str]) -> dict[str, str]:
     """What goes into a run, by the keys of its recipe: values as JSON, and for paths what they lead to."""
-    found: dict[str, str] = {}
+    found = {TRAINED: type(recipe).__name__.removesuffix("Recipe").lower()}
 
     def walk(prefix: str, config: BaseModel) -> None:
         for name in type(config).model_fields:
@@ -463,10 +466,10 @@ def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
     say; keys that either side does not know are not compared, so that a release may have more of them."""
     if not isinstance(before, dict):
         return
-    for key in sorted(before.keys() & now.keys()):
+    for key in sorted(before.keys() & now.keys(), key=lambda key: (key != TRAINED, key)):
         if before[key] != now[key]:
             raise InputError(
-                f"{key} was {_short(before[key])} when the checkpoints in {folder / 'checkpoints'} were written and is "
+                f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder} were written and is "
                 f"{_short(now[key])} now; restore it, or give run.output another folder"
             )
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
 from common.files import read_json_object
+from common.paths import expand, is_folder
 from common.writing import replacing, write_text
 
 WEIGHT_FILES = WHOLE, INDEX = ("model.safetensors", "model.safetensors.index.json")
@@ -119,8 +120,8 @@ def find_folder(name: str | Path) -> Path:
 
     Raises InputError when `name` is neither, or when the hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if is_folder(expand(name)):
+        return expand(name)
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise InputError(f"'{name}' is neither an existing folder nor a hub name like 'owner/model'")

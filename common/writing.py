@@ -43,10 +43,11 @@ LARGEST_HEADER = 100_000_000  # bytes of a safetensors header; the library's own
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to: the file takes its place when the block succeeds, and vanishes when it fails.
 
-    Raises InputError where nothing can be written, WriteError when the disk is full.
+    With `sync` it is on the disk by then, so that a power cut does not cost it. Raises InputError where nothing can be
+    written, WriteError when the disk is full.
     """
     path = Path(path)
     try:
@@ -57,7 +58,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        _finish(part)
+        _finish(part, sync)
         part.replace(path)
     except BaseException as error:
         full = _disk_is_full(error, part)
@@ -139,6 +140,21 @@ def refuse_data_folder(output: Path, data: Path, key: str) -> None:
     """Raises InputError when `output`, the value of the recipe's `key`, is the data folder itself."""
     if output.resolve() == data.resolve():
         raise InputError(f"{key}: {output} is the data folder; choose another folder, it can be one inside")
+
+
+def own_folder(folder: Path, what: str) -> None:
+    """Makes a folder that will hold nothing but `what` (one word), of which the writer may replace anything.
+
+    A hidden file says so from then on. Raises InputError when the folder holds something and does not say so.
+    """
+    mark = folder / f".tessera-{what}"
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+        raise InputError(f"{folder} is not empty and was not made for {what}; choose another folder or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        _refuse(folder, error)
 
 
 def is_ours(path: Path) -> bool:
@@ -233,13 +249,22 @@ def _stale(target: Path, files: list[Path], known: Mapping[str, str]) -> list[Pa
     new, stale = set(files), []
     for folder in sorted({name.parent for name in files} | {Path(name).parent for name in known}):
         place = target / folder
+        shards = _shards(place)
         for path in sorted(place.iterdir()) if place.is_dir() else []:
             inner = folder / path.name
-            own = any(fnmatch(path.name, pattern) for pattern in NAMES) or inner.as_posix() in known
+            own = path.name in NAMES or path.name in shards or inner.as_posix() in known
             if own and inner not in new:
                 _refuse_unless_ours(path, known.get(inner.as_posix()))
                 stale.append(inner)
     return stale
+
+
+def _shards(folder: Path) -> set[str]:
+    """The weight files that the index in `folder` names."""
+    try:
+        return set(_object(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
 
 
 def _settle(scratch: Path, target: Path, files: list[Path], stale: list[Path]) -> None:
@@ -276,27 +301,30 @@ def _refuse(path: Path, error: OSError) -> None:
     raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
-def _finish(part: Path) -> None:
+def _finish(part: Path, sync: bool = True) -> None:
     """Gives a temporary file the mode that any new file gets here, and sees that it is on the disk."""
     with tempfile.TemporaryDirectory(prefix=_part_name(), dir=part.parent) as place:
         plain = Path(place) / "plain"
         plain.touch()
         part.chmod(plain.stat().st_mode)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    if sync:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _disk_is_full(error: BaseException, place: Path) -> bool:
     """torch, safetensors and tokenizers each raise an error of their own kind for it."""
-    if isinstance(error, KeyboardInterrupt | SystemExit | InputError):
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | InputError):
         return False
+    if isinstance(error, WriteError):  # of a file inside a folder that is being written
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
     if "No space left" in text or "os error 28" in text or "os error 122" in text:
         return True
     with suppress(OSError):
-        return "write" in text.lower() and shutil.disk_usage(place.parent).free < 65536
+        return shutil.disk_usage(place.parent).free < 65536
     return False
 
 

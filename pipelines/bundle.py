@@ -25,6 +25,7 @@ from pydantic import ConfigDict, Field
 from common.config import Config, validate
 from common.errors import InputError, nearest
 from common.files import read_json
+from common.paths import expand, is_file
 from common.text import TextTokenizer
 from common.weights import find_folder, fingerprint
 from common.writing import file_hash, refuse_foreign, replacing, write_json
@@ -60,6 +61,8 @@ class BundleIndex(Config):
     files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
     sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
     likelihood_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # in the order of pictures, likewise
+    # Fingerprints of earlier editions. What they drew this one draws too, for prompts of which all could be seen.
+    earlier_fingerprints: tuple[str, ...] = ()
 
 
 class Bundle(NamedTuple):
@@ -117,8 +120,8 @@ def find_bundle(name: str | Path) -> Path:
 
     A folder of that name that is not a bundle does not hide a shipped one. Raises InputError when there is none.
     """
-    folder = Path(name)
-    if os.path.isfile(folder / INDEX):
+    folder = expand(name)
+    if is_file(folder / INDEX):
         return folder
     shipped = shipped_bundles()
     if str(name) in shipped:
@@ -144,6 +147,12 @@ def shipped_bundles() -> list[str]:
 def bundle_fingerprint(name: str | Path) -> str:
     """Changes when the pictures of a seed do: all files but the reranker's, which only orders them."""
     return _fingerprint(read_index(find_bundle(name)))
+
+
+def draws_pictures_of(name: str | Path, origin: str) -> bool:
+    """Whether the bundle draws again what the bundle with the fingerprint `origin` drew."""
+    index = read_index(find_bundle(name))
+    return origin in (_fingerprint(index), *index.earlier_fingerprints)
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

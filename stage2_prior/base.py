@@ -85,7 +85,7 @@ class Prior(nn.Module, ABC):
         self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
         """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
-        texts = {} if self.text_tokenizer is None else {FILE: self.text_tokenizer.to_json()}
+        texts = {} if self.text_tokenizer is None else {FILE: self.text_tokenizer.to_json(pretty=True)}
         save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size, texts=texts)
 
     def prefix(

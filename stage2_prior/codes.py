@@ -90,7 +90,7 @@ class Codes:
         if self.segmentation is not None:
             digest.update(self.segmentation.contiguous().numpy().tobytes())
         digest.update(repr((self.captions, self.weights, self.labels, self.meta.class_names)).encode())
-        return f"{len(self)} rows, {digest.hexdigest()[:16]}"
+        return f"{len(self)} rows (fingerprint {digest.hexdigest()[:16]})"
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -94,22 +94,22 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         state.wait_for_everyone()
         if state.is_main_process and data.left_out:
             print(data.left_out, file=sys.stderr)
-        done, seconds = _write_shards(folder, meta, data, tokenizers, recipe.batch_size, state)
+        done, kept, seconds = _write_shards(folder, meta, data, tokenizers, recipe.batch_size, state)
         state.wait_for_everyone()
         if state.is_main_process:
             _settle(folder, meta, _captions(data.items, names))
             rate = f"{done} images in {seconds:.1f} s, {done / seconds:.1f} images per second"
-            print(f"{folder}: {rate}", file=sys.stderr)
+            print(f"{folder}: {rate}{f'; {kept} had their codes' if kept else ''}", file=sys.stderr)
         state.wait_for_everyone()
     return folder
 
 
 def _write_shards(
     folder: Path, meta: CodesMeta, data: ImageFolder, tokenizers: Tokenizers, batch_size: int, state: PartialState
-) -> tuple[int, float]:
+) -> tuple[int, int, float]:
     """Writes this process's shards that are not there yet beside those that are; returns how many pictures it encoded,
-    and in how many seconds."""
-    done, began, unreadable = 0, time.perf_counter(), Unreadable(len(data))
+    how many had their codes already, and the seconds."""
+    done, kept, began, unreadable = 0, 0, time.perf_counter(), Unreadable(len(data))
     known: Known | None = None
     own = range(state.process_index, meta.shards, state.num_processes)
     bar = tqdm(total=sum(len(_items_of(shard, meta)) for shard in own), unit="image",
@@ -120,6 +120,7 @@ def _write_shards(
         asked = sha256(b"".join(digests)).hexdigest()[:16]
         if _is_done(folder, shard, tokenizers.fingerprint, asked):
             bar.update(len(wanted))
+            kept += len(wanted)
             continue
         known = known or Known(folder, tokenizers.fingerprint)
         rows: dict[int, dict[str, Tensor]] = {}
@@ -131,6 +132,7 @@ def _write_shards(
             else:
                 rows[i] = found
         bar.update(len(rows))
+        kept += len(rows)
         for start in range(0, len(missing), batch_size):
             some = missing[start : start + batch_size]
             made, skipped = _encode(data, some, tokenizers, state.device)
@@ -141,7 +143,7 @@ def _write_shards(
             bar.update(len(some))
         _write(folder / staged_name(shard), rows, dict(zip(wanted, digests, strict=True)), tokenizers, asked)
     bar.close()
-    return done, max(time.perf_counter() - began, 1e-9)
+    return done, kept, max(time.perf_counter() - began, 1e-9)
 
 
 def _encode(

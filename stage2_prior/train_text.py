@@ -17,7 +17,8 @@ from stage2_prior.truncation import describe, truncation
 
 class TextRecipe(Config):
     data: DataConfig
-    vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    vocab_size: int = Field(4096, ge=259, le=2**24)  # 256 bytes and 3 specials at least
+    lower_case: bool = False  # capitals read as small letters: for captions without them, and less to learn
     text_length: int | None = Field(None, ge=2)  # of the prior it is for; says what of each language would be cut
     output: Path
 
@@ -32,7 +33,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         raise InputError(
             f"{recipe.data.folder} has pictures but no captions to train a text tokenizer on; {without_text}"
         )
-    tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size)
+    tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size, recipe.lower_case)
     tokenizer.save_pretrained(recipe.output)
     captions = list(_captions(items))
     lengths = sorted(tokenizer.lengths(captions))

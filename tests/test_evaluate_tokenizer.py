@@ -1,6 +1,8 @@
 """`tessera evaluate tokenizer`: every figure against one computed apart, and what is missing is said."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +80,16 @@ def test_one_picture_has_no_frechet_distance(tiny_parts, resnet, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
     with pytest.raises(InputError, match="has 1 picture, a Fréchet distance needs at least 2"):
         evaluate(tiny_parts / "image_tokenizer", tmp_path, clip=resnet)
+
+
+def test_broken_pictures_are_skipped_named_and_left_out_of_the_figures(tiny_parts, folder, tmp_path, capsys):
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    names = sorted(path.name for path in data.glob("*.png"))
+    (data / names[3]).write_bytes(b"broken")
+    report = evaluate(tiny_parts / "image_tokenizer", data, batch_size=5, per_image=tmp_path / "rows.jsonl")
+    assert (report["pictures"], report["unreadable"]) == (len(names) - 1, 1)
+    assert f"skipped: {data / names[3]} is not a readable picture" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    whole = evaluate(tiny_parts / "image_tokenizer", folder, per_image=tmp_path / "whole.jsonl")
+    expected = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert rows == [row for row in expected if row["file_name"] != names[3]] and whole["unreadable"] == 0

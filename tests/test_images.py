@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from common.errors import InputError, InputWarning
-from common.images import open_image, part_file, read_map, read_origin, save_png, written_by_tessera
+from common.images import open_image, read_map, read_origin, save_png, written_by_tessera
+from common.writing import new_file
 
 GRADIENT = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
 
@@ -36,7 +37,7 @@ def test_what_tessera_wrote_is_told_by_its_first_bytes(tmp_path: Path) -> None:
 
 def test_nothing_that_stops_writing_leaves_a_part(tmp_path: Path) -> None:
     for stop in (KeyboardInterrupt, SystemExit, OSError):
-        with pytest.raises(stop), part_file(tmp_path / "a.png") as part:
+        with pytest.raises(stop), new_file(tmp_path / "a.png") as part:
             part.write_bytes(b"half")
             raise stop
     assert list(tmp_path.iterdir()) == []

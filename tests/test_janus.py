@@ -272,6 +272,41 @@ def test_the_published_size_has_a_place_for_every_key(tmp_path):
     assert prior.length == 576
 
 
+@pytest.mark.parametrize("ends", ["\n\n", "\\n\\n"], ids=["as they are", "as backslash and n"])
+def test_a_template_passes_the_command_line_unharmed(pair, ends, tmp_path, capsys):
+    """Braces, colons, quotes, hashes and line ends are text, whatever they would be in YAML."""
+    _, folder, _ = pair
+    template = f"User: {{prompt}} # [1, 'a': \"b\"]{ends}Assistant: {{x}} = ~"
+    run = ["convert", "janus", str(folder), "--out", str(tmp_path / "out"), "--set", f"template={template}"]
+    assert cli.main([*run, "--set", "text_length=96"]) == 0, capsys.readouterr().err
+    prior = load_prior(tmp_path / "out" / "prior")
+    assert prior.config.text_length == 96
+    middle = [part for part in prior.config.template if isinstance(part, str)]
+    assert "".join(middle) == template.replace("\\n", "\n")
+    for text in ("yes", "1.0", "null", "[]", "{prompt"):  # would be no text in YAML
+        assert cli.main([*run[:-1], f"template={text}"]) == 2
+        assert f"must have {{prompt}} in it once, got '{text}'" in capsys.readouterr().err
+    assert cli.main([*run, "--set", "text_length=many"]) == 2
+    assert "--set: text_length: Input should be a valid integer" in capsys.readouterr().err
+
+
+def test_numbers_in_the_config_are_numbers(pair, tmp_path):
+    _, folder, _ = pair
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in (("num_attention_heads", 0), ("num_attention_heads", "many"), ("rms_norm_eps", None)):
+        text_config = config["text_config"] | {key: value}
+        (broken / "config.json").write_text(json.dumps(config | {"text_config": text_config}))
+        with pytest.raises(InputError, match=f"config.json must have a {key} above 0"):
+            convert("janus", [broken], tmp_path / "out")
+    (broken / "config.json").write_text(json.dumps(config | {"vq_config": {"num_patches": 10**9}}))
+    with pytest.raises(InputError, match="codes a side, far more"):
+        convert("janus", [broken], tmp_path / "out")
+
+
 def test_bad_input(pair, tmp_path):
     model, folder, bundle = pair
     prior = load_prior(bundle / "prior")

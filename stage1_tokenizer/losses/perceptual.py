@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.checkpoints import read_tensors
 from common.config import Config
 from common.errors import InputError
 
@@ -105,7 +106,9 @@ def _torchvision_features(net: LPIPSNet, weights: Path | None) -> nn.Sequential:
         if weights is None:
             state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = read_tensors([weights])
+    except InputError as error:
+        raise InputError(f"loss.perceptual.weights: {weights} cannot be read as weights: {error}") from error
     except OSError as error:  # URLError is one
         raise InputError(
             f"LPIPS needs torchvision's weights of {name}, which cannot be downloaded ({error}); give the file as "
