@@ -180,7 +180,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _sidecar_rows(folder: Path, left_out: list[str], split: str) -> Iterator[_Row]:
-    can_avif = features.check("avif")
+    can_avif = "avif" in features.get_supported()  # `check` warns of what an older Pillow has not heard of
     for path in _walk(folder):
         suffix, name = path.suffix.lower(), path.relative_to(folder)
         if suffix in OTHER_PICTURES or (suffix == ".avif" and not can_avif):

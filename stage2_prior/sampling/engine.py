@@ -92,8 +92,8 @@ def _unavailable(prior: Prior, precision: Precision) -> str:
         return "" if precision in KINDS else "it is on a CPU, whose engine knows " + ", ".join(KINDS)
     if precision not in ("int8", "fp8"):
         return "it is on a GPU; load it with the dtype you want"
-    if precision == "fp8" and without_fp8():
-        return without_fp8()
+    if precision == "fp8" and (reason := without_fp8()):
+        return reason
     if precision == "fp8" and torch.cuda.get_device_capability(weight.device) < FP8_CAPABILITY:
         return f"{torch.cuda.get_device_name(weight.device)} does not multiply in fp8; take int8"
     if any(side % MULTIPLE for side in (prior.config.dim, int(prior.config.dim * prior.config.mlp_ratio))):

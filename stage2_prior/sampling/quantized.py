@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import InputError
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block
 
@@ -24,9 +25,7 @@ def without_fp8() -> str:
     """Why this torch does not multiply in fp8, in one clause; empty when it does."""
     if hasattr(F, "scaled_mm"):
         return ""
-    return (
-        f"torch {torch.__version__} has no product of fp8 matrices; take int8, or a torch with nn.functional.scaled_mm"
-    )
+    return f"torch {torch.__version__} does not multiply in it; take int8, or torch 2.10 or newer"
 
 
 class Products(NamedTuple):
@@ -64,6 +63,8 @@ class Int8:
 
 class FP8:
     def __init__(self, layer: nn.Linear) -> None:
+        if reason := without_fp8():
+            raise InputError(f"weights cannot be kept in fp8: {reason}")
         weight, scale = to_fp8(layer.weight.detach())
         self.weight, self.scale = weight.T, scale.T.contiguous()  # (in, out), (1, out)
 
