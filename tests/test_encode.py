@@ -229,8 +229,10 @@ def test_two_processes_share_the_work_and_write_the_same(world: Path, encoded: l
     code = "import sys; from stage2_prior.encode import encode; encode(sys.argv[1], sys.argv[2:])"
     ranks = []
     for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         command = [sys.executable, "-c", code, str(world / "encode.yaml"), f"output={world}/two"]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=200)[1] for process in ranks]
