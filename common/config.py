@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import InputError, nearest
+from common.writing import UNFINISHED
 
 
 class Config(BaseModel):
@@ -65,6 +66,8 @@ def read_config(kind: type[C], folder: str | Path) -> C:
 
 def validate(kind: type[C], values: Any, where: str) -> C:
     """`values` as a `kind`; the first thing wrong with them becomes one sentence that starts with `where`."""
+    if isinstance(values, dict) and values.keys() == {UNFINISHED}:
+        raise InputError(f"{where}: {values[UNFINISHED]}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

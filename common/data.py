@@ -1,19 +1,15 @@
-"""Pictures with captions from disk, and the order in which training sees them.
-
-Two layouts are read: Hugging Face's imagefolder (`metadata.jsonl` or `metadata.csv` beside the pictures, with
-`file_name`, `text` and optionally `split`, `weight`, `label`, the name or number of a class, and `segmentation`, the
-file of a segmentation map), and sidecar captions (`a.jpg` with `a.txt`, a caption a line).
+"""Pictures with captions as tensors, and the order in which training sees them. What a folder says: folder.py.
 
 The order is a pure function of (seed, step), so training resumes at any step and any number of processes sees the
-same global batches. Unreadable pictures are skipped, counted and named, never replaced by others.
+same global batches. Unreadable pictures are skipped, counted once and named; another takes the place of one only where
+a process would be left with an empty batch.
 """
 
-import csv
-import io
-import json
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,26 +17,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.config import Config
-from common.errors import InputError, nearest
+from common.errors import InputError
+from common.folder import describe_left_out, read_folder
 from common.images import fit, open_image, to_tensor
+from common.weights import fingerprint
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-MOST_CLASSES = 100_000
+UNREADABLE_SHARE, UNREADABLE_FLOOR = 0.05, 3  # of the files of a folder that may be broken, and how many in any case
+LOADER_PATIENCE = 600  # seconds for one batch
+B = TypeVar("B")
 
 
 class DataConfig(Config):
     folder: Path
     split: str | None = "train"  # None takes every picture
     validation_split: str | None = None  # pictures for figures and samples during training; None takes training ones
-
-
-class Item(NamedTuple):
-    path: Path
-    captions: tuple[str, ...]  # equally true descriptions; may be empty
-    weight: float  # how often the picture is drawn, relative to the others
-    kind: str  # free label from the metadata, "" when there is none
-    label: str = ""  # name or number of its class, "" when it has none
-    segmentation: Path | None = None  # picture of its segmentation map
 
 
 class Batch(NamedTuple):
@@ -53,142 +43,92 @@ class ImageFolder:
     """The pictures of `folder`, of one `split` if given, scaled and cut to `size` x `size`."""
 
     def __init__(self, folder: str | Path, size: int, split: str | None = None, need_captions: bool = False) -> None:
-        self.folder, self.size = Path(folder), size
-        self.items = read_items(self.folder, split)
+        self.folder, self.size, self.split = Path(folder), size, split
+        self.items, left_out, without_text = read_folder(self.folder, split)
+        self.left_out = describe_left_out(left_out)
         if need_captions and not any(item.captions for item in self.items):
-            raise InputError(f"{folder} has pictures but no captions; add metadata.jsonl or .txt files beside them")
+            raise InputError(f"{folder} has pictures but no captions; {without_text}")
         if need_captions:
             self.items = [item for item in self.items if item.captions]
 
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def identity(self) -> str:
+        """Changes with the pictures (their names and sizes in bytes), their order, captions, weights and labels."""
+        parts = []
+        for item in self.items:
+            size = item.path.stat().st_size if item.path.is_file() else -1
+            name = item.path.relative_to(self.folder).as_posix()
+            parts.append(repr((name, size, item.captions, item.weight, item.label)))
+        return f"{len(parts)} pictures (fingerprint {fingerprint(*parts)})"
+
     def image(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
         return to_tensor(fit(open_image(self.items[index].path), self.size))
 
-    def batch(self, indices: np.ndarray, random: np.random.Generator) -> Batch:
-        """The pictures at `indices`, each with one caption drawn by `random`."""
-        images, captions, skipped = [], [], []
-        draws = random.random(len(indices))
-        for index, draw in zip(indices, draws, strict=True):
+    def readable(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, list[int], list[str]]:
+        """The pictures at `indices` that can be read, (n, 3, H, W), their n places in `indices`, and a sentence for
+        each of the others."""
+        images, places, skipped = [], [], []
+        for place, index in enumerate(indices):
             try:
-                images.append(self.image(index))
+                images.append(self.image(int(index)))
+                places.append(place)
             except InputError as error:
                 skipped.append(str(error))
-                continue
-            choices = self.items[index].captions or ("",)
-            captions.append(choices[int(draw * len(choices))])
         stacked = torch.stack(images) if images else torch.empty(0, 3, self.size, self.size)
-        return Batch(stacked, captions, skipped)
+        return stacked, places, skipped
+
+    def batch(self, indices: np.ndarray, random: np.random.Generator) -> Batch:
+        """The pictures at `indices`, each with one caption drawn by `random`.
+
+        Where none of them can be read, the next one in the folder that can be takes the place of the first: a model
+        cannot be trained on an empty batch, and other processes wait for this one.
+        """
+        draws = random.random(len(indices))
+        images, places, skipped = self.readable(indices)
+        if not places and len(indices):
+            index, more = self._next_readable(int(indices[0]))
+            indices, places, skipped = np.array([index]), [0], skipped + more
+            images = self.image(index).unsqueeze(0)
+        captions = []
+        for place in places:
+            choices = self.items[int(indices[place])].captions or ("",)
+            captions.append(choices[int(draws[place] * len(choices))])
+        return Batch(images, captions, skipped)
+
+    def _next_readable(self, index: int) -> tuple[int, list[str]]:
+        skipped: list[str] = []
+        for step in range(1, len(self)):
+            _, places, more = self.readable([(index + step) % len(self)])
+            skipped += more
+            if places:
+                return (index + step) % len(self), skipped
+        raise InputError(f"{self.folder}: none of its {len(self)} pictures can be read; the last: {skipped[-1]}")
 
 
-def read_items(folder: Path, split: str | None = None) -> list[Item]:
-    """Every picture of `folder` (and of `split`, if given). Raises InputError when there is none, or no such split."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; give a folder of pictures")
-    if (folder / "metadata.jsonl").is_file():
-        rows = list(_jsonl_rows(folder / "metadata.jsonl"))
-    elif (folder / "metadata.csv").is_file():
-        table = csv.DictReader(io.StringIO(read_text(folder / "metadata.csv"), newline=""))
-        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
-    else:
-        rows = [("", row) for row in _sidecar_rows(folder)]
-    if not rows:
-        raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl")
-    if split is not None:
-        splits = sorted({str(row.get("split", "train")) for _, row in rows})
-        rows = [(where, row) for where, row in rows if row.get("split", "train") == split]
-        if not rows:
-            raise InputError(f"{folder} has no split '{split}'{nearest(split, splits)}")
-    return [_item(folder, where, row) for where, row in rows]
+class Unreadable:
+    """The pictures of a folder that could not be read, each counted once."""
 
+    def __init__(self, total: int) -> None:
+        self.total, self.sentences = total, dict[str, None]()
 
-def _item(folder: Path, where: str, row: dict[str, Any]) -> Item:
-    name, text = row.get("file_name"), row.get("text", [])
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{folder}/metadata, {where}: 'file_name' is missing")
-    path = _inside(folder, where, "file_name", name)
-    captions = [text] if isinstance(text, str) else text
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{folder}/metadata, {where}: 'text' must be a caption or a list of captions")
-    try:
-        weight = float(row.get("weight") or 1.0)
-    except (TypeError, ValueError):
-        weight = -1.0
-    if not 0 < weight < float("inf"):
-        raise InputError(f"{folder}/metadata, {where}: 'weight' must be a number above 0, got {row['weight']!r}")
-    label, map_name = row.get("label"), row.get("segmentation")
-    label = "" if label is None else label
-    if not isinstance(label, str | int) or isinstance(label, bool) or isinstance(label, int) and label < 0:
-        raise InputError(f"{folder}/metadata, {where}: 'label' must be a name or a number from 0 on, got {label!r:.40}")
-    if not isinstance(map_name, str | None):
-        raise InputError(f"{folder}/metadata, {where}: 'segmentation' must be the file of a map, got {map_name!r:.40}")
-    return Item(
-        path,
-        tuple(caption for caption in captions if caption.strip()),
-        weight,
-        str(row.get("kind", "")),
-        str(label).strip(),
-        _inside(folder, where, "segmentation", map_name) if map_name else None,
-    )
-
-
-def _inside(folder: Path, where: str, field: str, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{folder}/metadata, {where}: '{field}' {name} leads out of the folder")
-    return path
-
-
-def class_names(items: Sequence[Item]) -> tuple[str, ...]:
-    """The names of all classes in the order of their numbers: 0, 1, ... where labels are numbers, else the alphabet's.
-
-    Empty where nothing is labelled. Raises InputError when only some of the pictures are.
-    """
-    labels = {item.label for item in items}
-    if "" in labels:
-        if len(labels) > 1:
-            bare = next(item for item in items if not item.label)
-            raise InputError(f"{bare.path} has no label and others have; label all pictures or none")
-        return ()
-    if not all(label.isdecimal() and str(int(label)) == label for label in labels):
-        return tuple(sorted(labels))
-    highest = max(int(label) for label in labels)
-    if highest >= MOST_CLASSES:
-        raise InputError(f"the label {highest} is too high, classes are numbered from 0 on; number them without gaps")
-    return tuple(str(number) for number in range(highest + 1))
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: must be an object with 'file_name' and 'text'")
-        yield f"line {number}", row
-
-
-def _sidecar_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            sidecar = path.with_suffix(".txt")
-            text = read_text(sidecar).splitlines() if sidecar.is_file() else []
-            yield {"file_name": str(path.relative_to(folder)), "text": text}
-
-
-def read_text(path: Path) -> str:
-    """The file's text. Raises InputError when it is not UTF-8 or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    def add(self, skipped: Sequence[str]) -> list[str]:
+        """Counts them; returns those that are new. Raises InputError when they are too many of all."""
+        new = [sentence for sentence in dict.fromkeys(skipped) if sentence not in self.sentences]
+        self.sentences |= dict.fromkeys(new)
+        if not new:
+            return []
+        if len(self.sentences) > max(UNREADABLE_FLOOR, UNREADABLE_SHARE * self.total):
+            raise InputError(
+                f"{len(self.sentences)} of {self.total} pictures could not be read, too many; the last: {new[-1]}; "
+                "see them with 'tessera data check' and mend or remove them"
+            )
+        if len(self.sentences) >= self.total:
+            raise InputError(f"none of {self.total} pictures can be read; the last: {[*self.sentences][-1]}")
+        return new
 
 
 class Order:
@@ -231,8 +171,59 @@ class Steps(Dataset[Batch]):
         return self.source.batch(indices, np.random.default_rng((self.seed, step, self.rank)))
 
 
-def step_loader(steps: Dataset[Any], first: int, last: int, num_workers: int = 0) -> DataLoader[Any]:
-    """Batches of the steps first..last-1, in order; workers prepare the coming ones meanwhile."""
-    return DataLoader(
-        steps, batch_size=None, sampler=range(first, last), num_workers=num_workers, generator=torch.Generator()
+def step_loader(steps: Dataset[B], first: int, last: int, num_workers: int = 0) -> Iterator[B]:
+    """Batches of the steps first..last-1, in order; workers prepare the coming ones meanwhile.
+
+    Raises InputError where workers cannot hand batches over, for want of shared memory or because one died.
+    """
+    if num_workers and first < last:
+        check_shared_memory(steps[first], num_workers)
+    loader: DataLoader[B] = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        timeout=LOADER_PATIENCE if num_workers else 0,
     )
+    batches = iter(loader)
+    for _ in range(first, last):
+        try:
+            batch = next(batches)
+        except InputError as error:  # from a worker it comes with that worker's traceback in front
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise InputError(
+                f"a loader process died or gave no batch within {LOADER_PATIENCE} s, for want of memory or shared "
+                "memory (/dev/shm) perhaps; use fewer run.num_workers, or 0"
+            ) from None
+        yield batch
+
+
+def check_shared_memory(batch: object, num_workers: int, folder: str = "/dev/shm") -> None:
+    """Raises InputError unless shared memory has room for the batches that `num_workers` prepare at once.
+
+    torch's loader waits for ever when a worker finds none.
+    """
+    if not sys.platform.startswith("linux") or not Path(folder).is_dir():
+        return
+    fields = batch if isinstance(batch, tuple) else (batch,)
+    size = sum(field.numel() * field.element_size() for field in fields if isinstance(field, Tensor))
+    needed = size * (2 * num_workers + 1)  # a worker prepares two
+    try:
+        probe = Path(folder) / f"tessera-{id(batch):x}"
+        probe.touch()
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InputError(
+            f"{folder}, the memory that loader processes share with training, cannot be written ({error.strerror}); "
+            "mount it writable or use run.num_workers=0"
+        ) from None
+    if free < needed:
+        raise InputError(
+            f"run.num_workers={num_workers} needs {needed / 2**20:,.1f} MiB of shared memory for batches, {folder} has "
+            f"{free / 2**20:,.1f} free; give more (docker run --shm-size=2g) or use run.num_workers=0"
+        )

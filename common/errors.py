@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Wrong input. The message is one sentence that says what was wrong, where, and what to do about it."""
 
 
+class WriteError(RuntimeError):
+    """Something could not be written although the input was right. The message says which file, and what to do."""
+
+
 class InputWarning(UserWarning):
     """Input that was not followed to the letter. The message is one sentence that says what was done instead."""
 

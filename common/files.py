@@ -90,10 +90,10 @@ def parse_json(text: str, where: str, remedy: str) -> Any:
     try:
         content = json.loads(text)
     except RecursionError:
-        raise InputError(f"{where}: not valid JSON (nested too deeply); {remedy}") from None
+        raise InputError(f"{where} is not valid JSON (nested too deeply); {remedy}") from None
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"{where}: not valid JSON ({reason}); {remedy}") from None
+        raise InputError(f"{where} is not valid JSON ({reason}); {remedy}") from None
     if "\\ud" in text.lower():
         _refuse_half_characters(content, where, remedy)
     return content
@@ -110,14 +110,14 @@ def parse_yaml(text: str, where: str) -> Any:
         content = yaml.safe_load(text)
         nodes = _nodes(content, {})
     except RecursionError:
-        raise InputError(f"{where}: not valid YAML (nested too deeply, or inside itself)") from None
+        raise InputError(f"{where} is not valid YAML (nested too deeply, or inside itself)") from None
     except (
         yaml.YAMLError,
         ValueError,
         TypeError,
         AttributeError,
     ) as error:  # the last three of dates, numbers and keys
-        raise InputError(f"{where}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if nodes > MOST_NODES:
         raise InputError(f"{where}: its aliases stand for more than {MOST_NODES:,} values; write them out")
     if "\\ud" in text.lower():

@@ -1,7 +1,8 @@
 """Text as byte-level BPE: lossless on any UTF-8, trained on captions, one `tokenizer.json` of the tokenizers library.
 
-Ids 0, 1 and 2 are <pad>, <start> and <end>; every byte has a token, so no text is unknown. Lossless is up to Unicode's
-canonical equivalence: text becomes NFC first, so that a letter is the same however it was typed.
+Ids 0, 1 and 2 are <pad>, <start> and <end>; every byte has a token, so no text is unknown. Lossless is up to what can
+be seen: a text is normalised first (`normalization.py`), so that it reads the same however it was typed. How is written
+in the file, so tokenizers trained before read as they did, with NFC alone.
 """
 
 import hashlib
@@ -11,12 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.bpe_dropout import DroppingBPE
 from common.errors import InputError
 from common.foreign_text import adopt, as_json, clip_tokenizer
-from common.weights import new_folder
+from common.normalization import normalizer, sees_only_the_visible
+from common.writing import replacing, write_text
 
 PAD, START, END = 0, 1, 2
 SPECIALS = ["<pad>", "<start>", "<end>"]
@@ -36,14 +38,17 @@ class TextTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
-        """Learns merges (Sennrich et al. 2016) on NFC text; small corpora may yield fewer than `vocab_size` tokens."""
+    def train(cls, texts: Iterable[str], vocab_size: int, lower_case: bool = False) -> "TextTokenizer":
+        """Learns merges (Sennrich et al. 2016) on normalised text, in lower case on request.
+
+        Small corpora may yield fewer than `vocab_size` tokens.
+        """
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         if vocab_size < len(alphabet) + len(SPECIALS):
             raise InputError(f"vocab_size must be at least {len(alphabet) + len(SPECIALS)} (bytes and specials)")
         tokenizer = Tokenizer(models.BPE())
-        # Always one space in front, so that a word is the same wherever it stands; `decode` takes it away again.
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
+        # With one space in front, so that a word is the same wherever it stands; `decode` takes it away again.
+        tokenizer.normalizer = normalizer(lower_case)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(HAN, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -77,12 +82,9 @@ class TextTokenizer:
         return cls(tokenizer if ours else _adopted(tokenizer))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        with new_folder(folder) as part:
-            self.save_into(part)
-
-    def save_into(self, folder: str | Path) -> None:
-        """Adds `tokenizer.json` to a folder that exists."""
-        self._tokenizer.save(str(Path(folder) / FILE))
+        """Writes `folder/tokenizer.json`, whole or not at all; whatever else is there stays."""
+        with replacing(folder) as part:
+            write_text(part / FILE, self.to_json(pretty=True))
 
     @property
     def vocab_size(self) -> int:
@@ -109,13 +111,20 @@ class TextTokenizer:
         return [len(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text behind `ids` (NFC, with the leading space that word-initial tokens carry removed)."""
+        """The text behind `ids` (normalised, with the leading space that word-initial tokens carry removed)."""
         text: str = self._tokenizer.decode([i for i in ids if i > END])
         return text.removeprefix(" ")
 
-    def to_json(self) -> str:
-        """The content of `tokenizer.json`."""
-        text: str = self._tokenizer.to_str()
+    def visible(self, text: str) -> str:
+        """What is read of a text, as one that gives the same ids. Tokenizers that record no such rule give it back."""
+        if not sees_only_the_visible(self.to_json()):
+            return text
+        normalized: str = self._tokenizer.normalizer.normalize_str(text)
+        return normalized.removeprefix(" ")
+
+    def to_json(self, pretty: bool = False) -> str:
+        """The content of `tokenizer.json`, as it is written where it is `pretty`."""
+        text: str = self._tokenizer.to_str(pretty=pretty)
         return text
 
     @cached_property

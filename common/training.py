@@ -1,37 +1,55 @@
 """The training toolbox: a stage's `train.py` owns its loop, `Run` owns devices, schedules, resume, logs, checkpoints.
 
 A run is a folder: `recipe.yaml`, `checkpoints/`, `samples/`, `logs/` (TensorBoard), `metrics.jsonl`. Started again with
-the same recipe it goes on from its newest checkpoint, and on CPU it ends bit-equal to a run that was never interrupted:
+the same recipe it resumes from its newest checkpoint, and on CPU it ends bit-equal to a run that was never interrupted:
 data order, random numbers and schedules are pure functions of (seed, step), all else is in the checkpoint. A loss that
 is no longer finite stops it, with the batch of that step saved as `not-finite-STEP.safetensors`.
+
+A checkpoint carries what went into the run: the recipe, and the identities of data, codes, tokenizers and base.
+Resuming with another is refused; what may change is listed in `MAY_CHANGE`. A damaged checkpoint is named and the one
+before it is used. A disk that is full costs that checkpoint, not the run. One process writes a run's folder at a time.
 """
 
 import json
 import math
-import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import BaseModel, Field
+from pydantic_core import to_jsonable_python
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.config import Config
-from common.data import step_loader
-from common.errors import InputError
+from common.data import Unreadable, step_loader
+from common.errors import InputError, WriteError
+from common.files import parse_yaml, read_text, split_lines
 from common.hardware import keep_memory, multiplies_bfloat16
-from common.images import contact_sheet, to_pil
+from common.images import contact_sheet, save_png, to_pil
+from common.lock import FolderLock
 from common.muon import Muon
+from common.writing import new_file, refuse_foreign, write_text
+
+# Keys of a recipe that may differ between a checkpoint and the run that resumes from it: how long, how often, how fast
+# and where to. Paths may differ too; what they lead to is compared by its content.
+MAY_CHANGE = (
+    "run.output", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.sample_every",
+    "run.num_workers", "run.compile", "activation_checkpointing", "prompts", "sampling", "data.validation_split",
+    "loss.decoder_only_from",
+)  # fmt: skip
+CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
 
 class OptimizerConfig(Config):
@@ -78,22 +96,40 @@ B = TypeVar("B")
 class Run:
     """One training run on one or more processes; see the module's docstring."""
 
-    def __init__(self, config: RunConfig, recipe: Config) -> None:
+    def __init__(
+        self, config: RunConfig, recipe: Config, identities: Mapping[str, str] | None = None, pictures: int = 0
+    ) -> None:
+        """`identities` say what the paths of the recipe lead to, by the key of each path; `pictures` is how many there
+        are to be read, where pictures are read. Raises InputError when the folder is in use, is no run's, or holds
+        checkpoints of another recipe or of other data, before anything is written to it."""
         self.config, self.step = config, 0
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
         self.accelerator = Accelerator(
             mixed_precision="bf16" if self.bfloat16 else "no", step_scheduler_with_optimizer=False
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        if config.batch_size < self.accelerator.num_processes:
+            raise InputError(
+                f"run.batch_size is {config.batch_size}, but {self.accelerator.num_processes} processes share a batch; "
+                "give at least one picture to each"
+            )
         if self.device.type == "cpu":
             keep_memory()
         self.state: dict[str, Stateful] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._skipped = 0
-        self._drawn = 0
+        self._unreadable = Unreadable(pictures)
         self._batch: object = None  # of the step under way
-        self._start_folder(recipe)
+        self._saved = -1  # the step of the newest checkpoint
+        self._unwritten: dict[str, Path] = {}  # what the disk had no room for, by kind
+        self.folder = config.output
+        _refuse_foreign_run(self.folder)
+        self.identity = _identity(recipe, identities or {})
+        self._lock = FolderLock(self.folder) if self.is_main else None
+        self._found = self._newest_checkpoint()
+        if self._found is not None:
+            _refuse_changes(self._found.get("identity"), self.identity, self.folder)
+        self._writer = self._start_folder(recipe) if self.is_main else None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -141,22 +177,35 @@ class Run:
             dynamic_ncols=True,
             disable=not self.is_main or not sys.stderr.isatty(),
         )
-        for batch in step_loader(steps, first, self.config.steps, self.config.num_workers):
-            self._note_skipped(batch)
-            self._seed()
-            self._batch = batch
-            yield batch
-            self.step += 1
-            bar.update()
-            if self.due(self.config.log_every):
-                elapsed = time.perf_counter() - start
-                self._write_logs(bar, (self.step - shown) * self.config.batch_size / elapsed)
-                start, shown = time.perf_counter(), self.step
-            if self.due(self.config.checkpoint_every):
-                self.save_checkpoint()
-        bar.close()
+        try:
+            for batch in step_loader(steps, first, self.config.steps, self.config.num_workers):
+                self.note_skipped(getattr(batch, "skipped", []))
+                self._seed()
+                self._batch = batch
+                yield batch
+                self.step += 1
+                bar.update()
+                if self.due(self.config.log_every):
+                    elapsed = time.perf_counter() - start
+                    self._write_logs(bar, (self.step - shown) * self.config.batch_size / elapsed)
+                    start, shown = time.perf_counter(), self.step
+                if self.due(self.config.checkpoint_every) and self._saved != self.step:
+                    self.save_checkpoint()
+        finally:  # also where the loop is left by an error
+            bar.close()
+            self.close()
+        if self._unwritten:
+            lost = ", ".join(str(path) for path in self._unwritten.values())
+            raise WriteError(f"{lost} could not be written, the disk was full; make room and start again")
+
+    def close(self) -> None:
+        """Ends the logs and lets go of the folder."""
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.close()
+            self._writer = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def due(self, every: int) -> bool:
         """Whether something done every `every` steps is to be done now; the last step is always due."""
@@ -165,6 +214,17 @@ class Run:
     def due_after(self, every: int) -> bool:
         """`due`, asked from inside the loop: whether the step under way is one after which it is due."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.config.steps
+
+    def samples_due(self) -> bool:
+        """Asked by every process at the end of a step: whether this one is to export the weights and draw samples now.
+
+        Where a checkpoint of the step is due too, it is written first, so that no sample costs it.
+        """
+        if not self.due_after(self.config.sample_every):
+            return False
+        if self.due_after(self.config.checkpoint_every):
+            self.save_checkpoint(self.step + 1)
+        return self.is_main
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes in the run's precision."""
@@ -191,83 +251,128 @@ class Run:
 
     def save_pictures(self, name: str, images: Tensor, labels: list[str], columns: int = 8) -> None:
         """(B, 3, H, W) in [-1, 1] as a contact sheet in the run's `samples/` and in TensorBoard."""
-        if not self.is_main or self._writer is None:
+        if not self.is_main:
             return
         sheet = contact_sheet(to_pil(images), labels, columns, scale=max(1, 96 // images.shape[-1]))
-        sheet.save(self.folder / "samples" / f"{name}-{self.step + 1:06d}.png")
-        pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
-        self._writer.add_image(name, pixels.view(sheet.height, sheet.width, 3), self.step + 1, dataformats="HWC")
+        with self.optional(f"samples/{name}-{self.step + 1:06d}.png") as path:
+            save_png(sheet, path, {"samples_of": self.folder.resolve().name, "step": self.step + 1})
+        if self._writer is not None:
+            pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+            self._writer.add_image(name, pixels.view(sheet.height, sheet.width, 3), self.step + 1, dataformats="HWC")
 
-    def say(self, message: str) -> None:
-        if self.is_main:
+    @contextmanager
+    def optional(self, name: str) -> Iterator[Path]:
+        """The path of a file of the run, which a full disk costs: training continues, and ends by saying that it is
+        missing unless a later one of its kind was written."""
+        kind = name.partition("/")[0]
+        try:
+            yield self.folder / name
+            self._unwritten.pop(kind, None)
+        except WriteError as error:
+            self._unwritten[kind] = self.folder / name
+            self.say(f"{error}; training continues")
+
+    def note_skipped(self, sentences: Sequence[str]) -> None:
+        """Names pictures that could not be read, each once. Raises InputError when they are too many."""
+        for sentence in self._unreadable.add(sentences):
+            self.say(f"skipped: {sentence}", everywhere=True)
+
+    def say(self, message: str, everywhere: bool = False) -> None:
+        """One line on standard error: of the main process, or with `everywhere` of every one that has it to say."""
+        if self.is_main or everywhere:
             tqdm.write(message, file=sys.stderr)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self) -> None:
-        """Writes all state of the run, whole or not at all, and removes the oldest checkpoints."""
+    def save_checkpoint(self, step: int | None = None) -> None:
+        """Writes all state of the run after `step` steps, whole or not at all, and removes the oldest checkpoints."""
+        self._saved = self.step if step is None else step
         if self.is_main:
-            path = self.folder / "checkpoints" / f"step-{self.step:07d}.pt"
-            content = {"step": self.step, **{name: part.state_dict() for name, part in self.state.items()}}
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-            for old in sorted(path.parent.glob("step-*.pt"))[: -self.config.keep_checkpoints]:
-                old.unlink()
+            content = {"step": self._saved, "identity": self.identity}
+            content |= {name: part.state_dict() for name, part in self.state.items()}
+            with self.optional(f"checkpoints/step-{self._saved:07d}.pt") as path:
+                with new_file(path) as part:
+                    torch.save(content, part)
+                for _, old in self._checkpoints()[: -self.config.keep_checkpoints]:
+                    old.unlink()
         self.accelerator.wait_for_everyone()
 
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and files, in the order of the steps."""
+        folder = self.folder / "checkpoints"
+        names = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted((int(match[1]), path) for match, path in names if match)
+
+    def _newest_checkpoint(self) -> dict[str, Any] | None:
+        """The content of the newest checkpoint that is whole; damaged ones are named. Raises InputError when there are
+        only damaged ones."""
+        checkpoints = self._checkpoints()
+        for _, path in reversed(checkpoints):
+            content = _read_checkpoint(path)
+            if isinstance(content, str):
+                self.say(f"{path} is damaged ({content}); the checkpoint before it is used")
+                continue
+            return {**content, "path": path}
+        if checkpoints:
+            raise InputError(
+                f"{self.folder / 'checkpoints'} holds damaged checkpoints alone, {checkpoints[-1][1].name} the newest; "
+                "remove them to start anew, or give run.output another folder"
+            )
+        return None
+
     def _resume(self) -> None:
-        checkpoints = sorted((self.folder / "checkpoints").glob("step-*.pt"))
-        if not checkpoints:
-            return
+        content, self._found = self._found, None
+        if content is None:
+            return self._forget_later_figures()
         try:
-            content = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
             for name, part in self.state.items():
                 part.load_state_dict(content[name])
-        except (KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{checkpoints[-1]} does not fit the recipe ({' '.join(str(error).split())[:200]}); "
+                f"{content['path']} does not fit the recipe ({' '.join(str(error).split())[:200]}); "
                 "give run.output another folder or remove the checkpoint"
             ) from error
         self.step = content["step"]
-        self.say(f"resumed from {checkpoints[-1]} after {self.step} of {self.config.steps} steps")
+        self._forget_later_figures()
+        self.say(f"resumed from {content['path']} after {self.step} of {self.config.steps} steps")
+
+    def _forget_later_figures(self) -> None:
+        """Takes out of `metrics.jsonl` the steps that are to be done again, and a line that a kill cut short."""
+        path = self.folder / "metrics.jsonl"
+        if not self.is_main or not path.is_file():
+            return
+        kept = []
+        for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
+            try:
+                row = json.loads(line)
+                keep = isinstance(row, dict) and row.get("step", 0) <= self.step
+            except ValueError:
+                keep = False
+            kept += [line] if keep else []
+        write_text(path, "".join(line + "\n" for line in kept))
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _start_folder(self, recipe: Config) -> None:
-        self.folder, self._writer = self.config.output, None
-        if not self.is_main:
-            return
+    def _start_folder(self, recipe: Config) -> Any:
+        """Makes the folders and writes the accepted recipe; returns TensorBoard's writer, where it is installed."""
         try:
             for name in ("checkpoints", "samples", "logs"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"cannot write the run folder {self.folder}: {error.strerror}; change run.output"
             ) from None
-        self._writer = SummaryWriter(str(self.folder / "logs"))
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(self.folder / "recipe.yaml", text)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # the extra `track` brings it
+            return None
+        return SummaryWriter(str(self.folder / "logs"))
 
     def _seed(self) -> None:
         """Random numbers of a step depend on (seed, step, process) alone, so a resumed run draws the same."""
         torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 4099 + self.accelerator.process_index) % 2**63)
-
-    def _note_skipped(self, batch: object) -> None:
-        skipped = getattr(batch, "skipped", [])
-        self._drawn += self.config.batch_size // self.accelerator.num_processes
-        self._skipped += len(skipped)
-        for sentence in skipped:
-            self.say(f"skipped: {sentence}")
-        nothing_left = bool(skipped) and len(skipped) >= self.config.batch_size // self.accelerator.num_processes
-        if nothing_left or self._skipped > max(10, self._drawn // 100):
-            raise InputError(
-                f"{self._skipped} of {self._drawn} pictures could not be read, too many; "
-                "see them with 'tessera data check' and mend or remove them"
-            )
 
     def _write_logs(self, bar: Any, rate: float) -> None:
         means = {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
@@ -279,12 +384,16 @@ class Run:
             self.say(f"step {self.step}/{self.config.steps}  {figures}  {rate:.1f} images/s")
 
     def _write_scalars(self, scalars: dict[str, float]) -> None:
-        if self._writer is None:
+        if not self.is_main:
             return
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, self.step)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **scalars}) + "\n")
+        try:
+            if self._writer is not None:
+                for name, value in scalars.items():
+                    self._writer.add_scalar(name, value, self.step)
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **scalars}) + "\n")
+        except OSError as error:  # figures are not worth a run
+            self.say(f"the figures of step {self.step} could not be written: {error.strerror}; training continues")
 
     def _stop_not_finite(self, loss: Tensor, norm: Tensor) -> None:
         path, broken = self._save_batch(loss, norm)
@@ -315,6 +424,76 @@ class Run:
         except OSError as error:  # that the loss is not finite is the news, even where the disk is full
             self.say(f"the batch could not be written to {path}: {error}")
         return path, [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
+def _identity(recipe: Config, identities: Mapping[str, str]) -> dict[str, str]:
+    """What goes into a run, by the keys of its recipe: values as JSON, and for paths what they lead to."""
+    found: dict[str, str] = {}
+
+    def walk(prefix: str, config: BaseModel) -> None:
+        for name in type(config).model_fields:
+            key, value = f"{prefix}{name}", getattr(config, name)
+            if key in MAY_CHANGE or isinstance(value, Path):
+                continue
+            if isinstance(value, BaseModel):
+                walk(f"{key}.", value)
+            else:
+                found[key] = json.dumps(to_jsonable_python(value), ensure_ascii=False, sort_keys=True)
+
+    walk("", recipe)
+    return found | dict(identities)
+
+
+def _refuse_foreign_run(folder: Path) -> None:
+    """Raises InputError when `folder` holds files with the names of a run's that no run wrote."""
+    refuse_foreign(folder / "model")
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file() or not (folder / "checkpoints").is_dir():
+        there = [name for name in ("recipe.yaml", "metrics.jsonl", "doctor.html") if (folder / name).exists()]
+        if there:
+            raise InputError(f"{folder / there[0]} is in the way: no run wrote it; choose another run.output")
+        return
+    content = parse_yaml(read_text(recipe), str(recipe))
+    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
+        raise InputError(f"{recipe} is in the way: no run wrote it; choose another run.output")
+
+
+def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
+    """Raises InputError for the first thing that a checkpoint was made from otherwise. Those of earlier releases do not
+    say; keys that either side does not know are not compared, so that a release may have more of them."""
+    if not isinstance(before, dict):
+        return
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
+            raise InputError(
+                f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder} were written and is "
+                f"{_short(now[key])} now; restore it, or give run.output another folder"
+            )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any] | str:
+    """The content of a checkpoint, or in a clause what is wrong with the file."""
+    try:
+        if path.stat().st_size == 0:
+            return "it is empty"
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch itself does not look at the checksums
+        if damaged is not None:
+            return f"its part {damaged} is not what was written"
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile:
+        return "it is cut off or overwritten"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except Exception:  # unpickling fails in many ways, and torch's advice is not for these files
+        return "it is not a checkpoint of a run"
+    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+        return "it is not a checkpoint of a run"
+    return content
 
 
 class Optimizers:

@@ -4,11 +4,7 @@ Nothing is ever unpickled from such a folder, and a name is looked up on the hub
 """
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
+from common.writing import replacing, write_text
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -31,24 +28,29 @@ def save_pretrained(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` into `folder`, whole or not at all.
+    """Writes `config.json` and `model.safetensors` into `folder`, whole or not at all (`writing.replacing`).
 
-    `dtype` casts floating point tensors on the way to disk (torch.float16 halves the file).
+    `texts` are further files by their names. `dtype` casts floating point tensors on the way to disk (torch.float16
+    halves the file). Raises InputError when a weight is not finite, in that type, or a file in the way is not ours.
     """
     state = {
         name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    with new_folder(folder) as part:
+    refuse_not_finite(state, f"the model for {folder}")
+    with replacing(folder) as part:
         save_torch_state_dict(state, part, max_shard_size=max_shard_size)
-        (part / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for name, text in {**(texts or {}), "config.json": config.model_dump_json(indent=2) + "\n"}.items():
+            write_text(part / name, text)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Fills `model` with the weights in `folder` and puts it in eval mode.
 
-    Raises InputError when a file is missing or broken, or when names or shapes differ from the model's.
+    Raises InputError when a file is missing or broken, when names or shapes differ from the model's, or when a weight
+    is not finite.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -58,7 +60,20 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     except Exception as error:  # safetensors, json and torch each raise their own kinds here
         reason = " ".join(str(error).split())
         raise InputError(f"the weights in {folder} cannot be loaded: {reason[:300]}") from error
+    refuse_not_finite(model.state_dict(), str(folder))
     model.eval()
+
+
+def refuse_not_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises InputError, which starts with `where`, for the first tensor that holds a number that is not finite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            least, most = torch.aminmax(tensor)  # both are nan where any number is
+            if not bool(torch.isfinite(least) & torch.isfinite(most)):
+                raise InputError(
+                    f"{where}: the weight '{name}' holds numbers that are not finite; restore the file, or train or "
+                    "convert it again"
+                )
 
 
 class Unfilled(TorchFunctionMode):
@@ -124,34 +139,3 @@ def fingerprint(*parts: Tensor | bytes | str) -> str:
         else:
             digest.update(part.encode() if isinstance(part, str) else part)
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that replaces `folder` when the block succeeds and vanishes when it fails."""
-    folder = Path(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
-    try:
-        part.chmod(0o755)
-        yield part
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-            folder.rename(old)
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes `content` as JSON, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -2,12 +2,15 @@
 
 import math
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, InputWarning
+from common.normalization import visible
 
 MOST_CHARACTERS = 32_000  # of a prompt
+SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
 LARGEST_SEED = 2**53 - 1  # JSON and JavaScript read numbers up to here exactly
 
 
@@ -27,17 +30,20 @@ def check_prompt(prompt: str, name: str = "prompt") -> None:
     """Raises InputError unless the prompt is text with words in it, of a reasonable length."""
     if not isinstance(prompt, str):
         raise InputError(f"a {name} must be text, got {type(prompt).__name__}")
-    if not prompt.strip():
-        raise InputError(f"the {name} is empty; say what the picture should show")
     if len(prompt) > MOST_CHARACTERS:
         raise InputError(f"the {name} has {len(prompt):,} characters, at most {MOST_CHARACTERS:,} are read; shorten it")
     for character in prompt:
-        # Control characters, and the surrogates that stand for bytes which are not UTF-8.
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
+        # Control characters but white space, and the surrogates that stand for bytes which are not UTF-8.
+        category = unicodedata.category(character)
+        if category == "Cs" or (category == "Cc" and not character.isspace()):
             raise InputError(
                 f"the {name} looks like binary data, it has the character U+{ord(character):04X}; give text"
             )
-    if not any(character.isalnum() for character in prompt):
+    seen = visible(prompt)
+    if not seen:
+        what = "holds nothing that can be seen" if prompt.strip() else "is empty"
+        raise InputError(f"the {name} {what}; say what the picture should show")
+    if not any(character.isalnum() for character in seen):
         raise InputError(f"the {name} '{prompt[:20]}' has no letter or digit; describe the picture in words")
 
 
@@ -85,6 +91,21 @@ def whole_number(name: str, value: int, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
     return value
+
+
+def warn_of_cut(name: str, left_out: dict[str, str]) -> None:
+    """One sentence (InputWarning) about the end of a prompt that each reader, such as the prior, leaves out, if any."""
+    parts = [(reader, " ".join(cut.split())) for reader, cut in left_out.items() if cut]
+    if not parts:
+        return
+    (first, cut), *others = parts
+    said = f"{name} is longer than the {first} reads; left out is '{_start(cut)}'"
+    said += "".join(f", and by the {reader} '{_start(cut)}'" for reader, cut in others)
+    warnings.warn(said, InputWarning, stacklevel=3)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= SHOWN_OF_CUT else f"{text[:SHOWN_OF_CUT]}... ({len(text):,} characters)"
 
 
 def _named(prompts: Sequence[str], i: int, check: Callable[[str], Any]) -> Any:

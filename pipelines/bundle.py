@@ -11,8 +11,6 @@ Each part loads alone. Loading the whole compares every file with the index firs
 swapped one is a sentence with its name, and then what the prior says it was trained on with what is there.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -26,8 +24,10 @@ from pydantic import ConfigDict, Field
 
 from common.config import Config, validate
 from common.errors import InputError, nearest
+from common.files import read_json
 from common.text import TextTokenizer
-from common.weights import find_folder, fingerprint, new_folder, write_json
+from common.weights import find_folder, fingerprint
+from common.writing import file_hash, refuse_foreign, replacing, write_json
 from pipelines.arguments import check_likelihood_weight
 from rerank.clip import WEIGHT_FILE, ClipReranker
 from stage1_tokenizer import Autoencoder
@@ -60,6 +60,8 @@ class BundleIndex(Config):
     files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
     sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
     likelihood_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # in the order of pictures, likewise
+    # Fingerprints of earlier editions. What they drew this one draws too, for prompts of which all could be seen.
+    earlier_fingerprints: tuple[str, ...] = ()
 
 
 class Bundle(NamedTuple):
@@ -146,6 +148,12 @@ def bundle_fingerprint(name: str | Path) -> str:
     return _fingerprint(read_index(find_bundle(name)))
 
 
+def draws_pictures_of(name: str | Path, origin: str) -> bool:
+    """Whether the bundle draws again what the bundle with the fingerprint `origin` drew."""
+    index = read_index(find_bundle(name))
+    return origin in (_fingerprint(index), *index.earlier_fingerprints)
+
+
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
@@ -162,15 +170,16 @@ def assemble_bundle(
 ) -> Path:
     """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
 
-    `text_tokenizer` is None for a prior that reads no text of its own. An older bundle at `out` is replaced. Raises
-    InputError when a part is broken, when parts do not fit together, or when `out` is a folder with something else.
+    `text_tokenizer` is None for a prior that reads no text of its own. The files of an older bundle at `out` are
+    replaced, all else there stays. Raises InputError when a part is broken, when parts do not fit together, or when
+    `out` is a folder with something else.
     """
-    out = new_bundle(out)
+    out, known = Path(out), new_bundle(out)
     parts = (image_tokenizer, text_tokenizer, prior, reranker, segmentation_tokenizer)
     folders = dict(zip(PARTS, parts, strict=True))
     found = {part: find_folder(source) for part, source in folders.items() if source is not None}
     fingerprints = _check_parts(found)
-    with new_folder(out) as new:
+    with replacing(out, known) as new:
         for part, source in found.items():
             _copy_part(part, source, new / part)
         index = BundleIndex(
@@ -184,12 +193,27 @@ def assemble_bundle(
     return out
 
 
-def new_bundle(out: str | Path) -> Path:
-    """`out` as the place of a bundle to be written. Raises InputError when something else is there."""
+def new_bundle(out: str | Path) -> dict[str, str]:
+    """The files, with their hashes, of an older bundle in the folder `out` where a bundle is to be written.
+
+    Raises InputError when something else is there: a folder that is not empty and no bundle of ours, or a file in it
+    that is not ours and has the name of one that would be written.
+    """
     out = Path(out)
-    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
+    refuse_foreign(out)
+    if not out.is_dir():
+        return {}
+    if (out / INDEX).is_file():
+        known = read_index(out).files
+    elif any(out.iterdir()):
         raise InputError(f"{out} exists and is not a bundle; give a new folder")
-    return out
+    else:
+        known = {}
+    for part in PARTS:
+        refuse_foreign(
+            out / part, {Path(name).name: value for name, value in known.items() if name.startswith(f"{part}/")}
+        )
+    return known
 
 
 def save_bundle(
@@ -279,12 +303,7 @@ def _copy_part(part: str, source: Path, target: Path) -> None:
 def read_index(folder: Path) -> BundleIndex:
     """`folder/model_index.json`. Raises InputError when it is missing, broken or names files outside the bundle."""
     path = folder / INDEX
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}); restore the file, or assemble the bundle again"
-        ) from None
+    content = read_json(path, "restore the file, or assemble the bundle again")
     index = validate(BundleIndex, content, where=str(path))
     for name in index.files:
         parts = PurePosixPath(name).parts
@@ -321,11 +340,6 @@ def _check_pair(image_tokenizer: Autoencoder, prior: Prior, tokenizer_folder: Pa
             f"the prior in {prior_folder} draws {prod(draws[:3])} codes of {draws[3]}, but {tokenizer_folder} decodes "
             f"{prod(decodes[:3])} codes of {decodes[3]}; put those together that belong together"
         )
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def tessera_version() -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.data import Item, read_items
 from common.errors import InputError
+from common.folder import Item, read_folder
 from common.images import open_image
 
 NAMED = 10  # broken files and duplicates that are named; the rest are counted
@@ -22,12 +22,12 @@ def check(folder: str | Path, split: str | None = None, images_only: bool = Fals
     Raises InputError when nothing can be used: no pictures, none readable, or no captions (fine with `images_only`,
     which is what a tokenizer needs).
     """
-    items = read_items(Path(folder), split)
+    items, left_out, without_text = read_folder(Path(folder), split)
     captions = [caption for item in items for caption in item.captions]
     if not captions and not images_only:
         raise InputError(
-            f"{folder} has pictures but no captions; add metadata.jsonl or .txt files beside them, "
-            "or give --images-only, which is enough for a tokenizer"
+            f"{folder} has pictures but no captions; {without_text}, or give --images-only, which is enough for a "
+            "tokenizer"
         )
     sizes, broken, copies = _read_all(items)
     if not sizes:
@@ -36,6 +36,7 @@ def check(folder: str | Path, split: str | None = None, images_only: bool = Fals
         "folder": str(folder),
         "pictures": len(sizes),
         "broken": len(broken),
+        "left_out": len(left_out),
         "duplicates": len(copies),
         "with_captions": sum(1 for item in items if item.captions),
         "captions": len(captions),
@@ -44,6 +45,7 @@ def check(folder: str | Path, split: str | None = None, images_only: bool = Fals
         "shorter_side": _spread([min(size) for size in sizes]),
         "kinds": dict(Counter(item.kind for item in items if item.kind).most_common()),
         "broken_files": broken[:NAMED],
+        "left_out_files": left_out[:NAMED],
         "duplicate_files": copies[:NAMED],
     }
 

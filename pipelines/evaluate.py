@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.images import contact_sheet
+from common.images import contact_sheet, save_png
 from pipelines.judge import WHITE, Judge, Request, to_pixels
 
 # (prompts, seed) -> images (P, N, 3, H, W), uint8 or float in [-1, 1], and scores (P, N), higher fits better. What it
@@ -242,7 +242,7 @@ def keep_failure(out: Path, index: int, request: Request, image: Tensor, judge: 
     both = Image.new("RGB", (2 * drawn.width + 2, drawn.height), "#e8e8e8")
     both.paste(drawn, (0, 0))
     both.paste(asked_for(request, drawn.width, judge), (drawn.width + 2, 0))
-    both.save(out / "failures" / f"{index:05d}.png")
+    save_png(both, out / "failures" / f"{index:05d}.png")
 
 
 def asked_for(request: Request, size: int, judge: Judge) -> Image.Image:
@@ -273,4 +273,4 @@ def draw_failures(out: Path, requests: Sequence[Request], outcomes: Sequence[Out
             drawable = max(request.prompt, default="") < "\u3000"  # the sheet's font has no Chinese
             labels.append(request.prompt if drawable else judge.names[judge.items.index(request.regions[0].item)])
         scale = max(1, 128 // pictures[0].height)
-        contact_sheet(pictures, labels, columns=4, scale=scale).save(out / f"failures_{split}.png")
+        save_png(contact_sheet(pictures, labels, columns=4, scale=scale), out / f"failures_{split}.png")

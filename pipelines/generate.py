@@ -27,7 +27,7 @@ from common.config import Config, validate
 from common.errors import InputError
 from common.images import contact_sheet, open_image, open_mask, read_origin, save_png
 from pipelines.arguments import check_keep, check_prompts
-from pipelines.bundle import bundle_fingerprint, shipped_bundles, tessera_version
+from pipelines.bundle import bundle_fingerprint, draws_pictures_of, shipped_bundles, tessera_version
 from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
@@ -206,7 +206,7 @@ def replay(
         raise InputError(
             f"{picture} was drawn with the bundle {origin.bundle}: {error}; name it with --model"
         ) from None
-    if found != origin.bundle:
+    if not draws_pictures_of(name, origin.bundle):
         raise InputError(
             f"{picture} was drawn with the bundle {origin.bundle}, but {name} is {found} and draws other pictures; "
             "name the right bundle with --model"

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.data import read_items
 from common.errors import InputError
+from common.folder import read_items
 from common.weights import find_folder
 from stage2_prior.presets import parameters as count
 from stage2_prior.presets import preset, presets

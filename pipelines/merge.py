@@ -3,10 +3,11 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from common.errors import InputError
 from common.weights import find_folder
-from pipelines.bundle import INDEX, assemble_bundle, check_files, find_bundle, read_index
+from common.writing import refuse_foreign
+from pipelines.bundle import PARTS, assemble_bundle, check_files, find_bundle, new_bundle, read_index
 from stage2_prior import load_prior
 from stage2_prior.lora import Loras
 
@@ -15,30 +16,23 @@ def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str
     """Adds weighted LoRAs to the weights of a bundle's or a folder's prior and writes a model of the same kind.
 
     Weights are written as float32, so that the pictures are those of the LoRAs kept apart. Raises InputError when a
-    LoRA is one of another base, or `out` has something else in it.
+    LoRA is one of another base, when the sum is not finite, or when `out` has something else in it.
     """
     out = Path(out)
     if (Path(model) / "config.json").is_file():
-        _refuse_other(out, "config.json")
+        refuse_foreign(out)
         _merged(Path(model), loras, out)
         return out
     folder = find_bundle(model)
-    _refuse_other(out, INDEX)
+    new_bundle(out)
     index = read_index(folder)
     check_files(folder, index)
     with tempfile.TemporaryDirectory() as temporary:
         prior = Path(temporary) / "prior"
         _merged(folder / "prior", loras, prior)
-        reranker = folder / "reranker" if index.fingerprints.reranker is not None else None
-        return assemble_bundle(
-            out,
-            image_tokenizer=folder / "image_tokenizer",
-            text_tokenizer=folder / "text_tokenizer",
-            prior=prior,
-            reranker=reranker,
-            sampling=index.sampling,
-            likelihood_weight=index.likelihood_weight,
-        )
+        there = {part: folder / part for part, found in index.fingerprints.model_dump().items() if found is not None}
+        parts: dict[str, Any] = dict.fromkeys(PARTS) | there | {"prior": prior}
+        return assemble_bundle(out, **parts, sampling=index.sampling, likelihood_weight=index.likelihood_weight)
 
 
 def _merged(source: Path, loras: Sequence[tuple[str | Path, float]], out: Path) -> None:
@@ -48,9 +42,3 @@ def _merged(source: Path, loras: Sequence[tuple[str | Path, float]], out: Path) 
         added.add(folder, weight)
     added.fuse()
     prior.save_pretrained(out)
-
-
-def _refuse_other(out: Path, file: str) -> None:
-    """Raises InputError when `out` is there and is not a model of this kind, which would be replaced."""
-    if out.exists() and not (out / file).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is something else; give a new folder")

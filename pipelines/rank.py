@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from common.images import open_image
-from pipelines.arguments import check_prompt
+from pipelines.arguments import check_prompt, warn_of_cut
 from pipelines.bundle import INDEX, find_bundle, shipped_bundles
 from rerank import ClipReranker
 
@@ -20,11 +20,13 @@ class Place(NamedTuple):
 def rank(prompt: str, images: Sequence[str | Path], model: str = "emoji", weights: str | None = None) -> list[Place]:
     """The picture files, best first, scored by `model`: see `find_reranker`.
 
-    Raises InputError for an empty prompt, a broken picture, or a model that is unknown or damaged.
+    Warns (InputWarning) of a prompt that is too long and cut, saying what was left out. Raises InputError for an empty
+    prompt, a broken picture, or a model that is unknown or damaged.
     """
     check_prompt(prompt)
     opened = [open_image(path) for path in images]
     reranker = ClipReranker.from_pretrained(find_reranker(model), weights)
+    warn_of_cut("the prompt", {"reranker": reranker.left_out(prompt)})
     scores = [float(score) for score in reranker.score(prompt, opened)]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return [Place(place, scores[i], str(images[i])) for place, i in enumerate(order, 1)]

@@ -24,6 +24,7 @@ from pipelines.arguments import (
     check_prompt,
     check_prompts,
     check_seeds,
+    warn_of_cut,
     whole_number,
 )
 from pipelines.bundle import load_bundle, save_bundle
@@ -40,7 +41,6 @@ from stage2_prior.sampling.sample import check_first_codes, sample_scored
 
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
 MISSING = -1  # a code that is to be drawn, among those that are known
-SHOWN_OF_CUT = 120  # characters of what was cut off a prompt
 
 CPU = torch.device("cpu")
 
@@ -226,10 +226,10 @@ class TextToImagePipeline:
         `batch_size` candidates are drawn at once, by default as many as fit in memory up to 64. Everything is checked
         before the first is drawn.
 
-        Warns (InputWarning) of a prompt that is too long and cut, saying what was left out, and of guidance on a prior
-        that never learned to draw without a prompt. Raises InputError: a prompt that is empty, binary or without words;
-        counts, seeds, codes, sampling or weights out of range; a negative prompt without guidance; more than fits in
-        memory.
+        Warns (InputWarning) of a prompt that is too long for prior or reranker and cut, saying what was left out, and
+        of guidance on a prior that never learned to draw without a prompt. Raises InputError: a prompt that is empty,
+        binary or without words; counts, seeds, codes, sampling or weights out of range; a negative prompt without
+        guidance; more than fits in memory.
         """
         streamed = self.stream(
             prompt,
@@ -337,7 +337,8 @@ class TextToImagePipeline:
             self.reranker if plan is not None and prune_by == "reranker" else None,
             log_probs,
         )
-        candidates = self._draw(prompts, self.prefixes(prompts), job, progress)
+        prefixes = self.prefixes(prompts, job.reranker or job.judge)
+        candidates = self._draw(prompts, prefixes, job, progress)
         return (_generated(sorted(own, key=_best_first), job) for own in candidates)
 
     def count_finished(self, num_candidates: int, candidate_budget: float | None) -> int:
@@ -363,11 +364,17 @@ class TextToImagePipeline:
         """
         return self(prompt, known_codes=self.codes_outside(image, mask), **drawing)
 
-    def prefixes(self, prompts: Sequence[str]) -> Tensor:
-        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out."""
+    def prefixes(self, prompts: Sequence[str], reranker: Reranker | None = None) -> Tensor:
+        """What the prior reads, (prompts, P). Of a prompt that is too long a warning shows what is left out.
+
+        Given the reranker that will score, the warning is of what that leaves out as well.
+        """
         several = len(prompts) > 1
         return torch.cat(
-            [self._prefix(text, f"prompt {i}" if several else "the prompt") for i, text in enumerate(prompts, 1)]
+            [
+                self._prefix(text, f"prompt {i}" if several else "the prompt", reranker)
+                for i, text in enumerate(prompts, 1)
+            ]
         )
 
     def codes_of_top(self, image: Image.Image, rows: int | None = None) -> Tensor:
@@ -501,14 +508,19 @@ class TextToImagePipeline:
 
     # Settings of a call ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompt: str, name: str) -> Tensor:
-        """One prompt's prefix (1, P)."""
+    def _prefix(self, prompt: str, name: str, reranker: Reranker | None = None) -> Tensor:
+        """One prompt's prefix (1, P). Only of our rerankers it is known what they leave out."""
+        unscored = reranker.left_out(prompt) if isinstance(reranker, ClipReranker) else ""
         try:
-            return prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+            prefix = prompt_prefix(self.prior, prompt, self.segmentation_tokenizer)
+            warn_of_cut(name, {"reranker": unscored})
+            return prefix
         except PromptTooLong:
             pass
         except InputError as error:
             raise InputError(f"{name}: {error}" if name != "the prompt" else str(error)) from None
+        if self.prior.text_tokenizer is not None:  # a cut between characters that cannot be seen would be another one
+            prompt = self.prior.text_tokenizer.visible(prompt)
         fits, end = 0, len(prompt)  # the longest start that the prior reads lies between them
         while end - fits > 1:
             middle = (fits + end) // 2
@@ -517,9 +529,7 @@ class TextToImagePipeline:
                 fits = middle
             except PromptTooLong:
                 end = middle
-        cut = " ".join(prompt[fits:].split())
-        shown = cut if len(cut) <= SHOWN_OF_CUT else f"{cut[:SHOWN_OF_CUT]}... ({len(cut):,} characters)"
-        warnings.warn(f"{name} is longer than the prior reads; left out is '{shown}'", InputWarning, stacklevel=2)
+        warn_of_cut(name, {"prior": prompt[fits:], "reranker": unscored})
         return self.prior.prefix([prompt[:fits]])
 
     def _null(self, negative_prompt: str | None, sampling: Sampling) -> Tensor | None:

@@ -26,8 +26,10 @@ from torch.nn import functional as F
 
 from common.config import validate
 from common.errors import InputError, nearest
+from common.normalization import visible
 from common.text import END, PAD, TextTokenizer
-from common.weights import Unfilled, fingerprint, hub_at_once, new_folder, write_json
+from common.weights import Unfilled, fingerprint, hub_at_once
+from common.writing import MARK, replacing, write_json
 from rerank import towers
 from rerank.preprocessing import Preprocessing
 from rerank.tokenizer import FileTokenizer, save_tokenizer, tokenizer_content, write_tokenizer
@@ -73,11 +75,11 @@ class ClipReranker:
             for name, tensor in self.model.state_dict().items()
         }
         config = copy.deepcopy(self.config)
-        with new_folder(folder) as part:
+        with replacing(folder) as part:
             if save_tokenizer(self.tokenizer, part):
                 config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"  # "read it from this folder"
             write_json(part / CONFIG_FILE, config)
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHT_FILE)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part / WEIGHT_FILE, {MARK: "1"})
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "ClipReranker":
         """Moves the model in place and returns self; None leaves that side as it is."""
@@ -127,13 +129,29 @@ class ClipReranker:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, S, S), the model's input."""
         return self.preprocessing.of_tensor(images)
 
+    def left_out(self, prompt: str) -> str:
+        """The end of a prompt that is cut off because the context is full; empty when all of it is scored."""
+        tokens = self.tokenize([prompt])
+        if not torch.equal(self.tokenize([f"{prompt} a"]), tokens):  # there is room for more
+            return ""
+        read, end = 0, len(prompt)  # the shortest start with all those tokens ends between them
+        while end - read > 1:
+            middle = (read + end) // 2
+            if torch.equal(self.tokenize([prompt[:middle]]), tokens):
+                end = middle
+            else:
+                read = middle
+        return visible(prompt[end:])
+
     @property
     def fingerprint(self) -> str:
         """Changes when scores do: weights as they are held, tokenizer, model config and preprocessing."""
         state = [part for name, tensor in sorted(self.model.state_dict().items()) for part in (name, tensor)]
         config = copy.deepcopy(self.config)
         config["model_cfg"]["text_cfg"].pop("hf_tokenizer_name", None)  # where it was read from, not what it does
-        return fingerprint(*state, tokenizer_content(self.tokenizer), json.dumps(config, sort_keys=True))
+        cleaning = getattr(self.tokenizer, "cleaning", "before")
+        recorded = [] if cleaning == "before" else [cleaning]  # models of before have fingerprints without it
+        return fingerprint(*state, tokenizer_content(self.tokenizer), json.dumps(config, sort_keys=True), *recorded)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -288,6 +306,11 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
             model = open_clip.create_model(source, **arguments)
             tokenizer = open_clip.get_tokenizer(source)
             model_cfg = open_clip.get_model_config(source)
+            if source.startswith("local-dir:"):
+                length = model_cfg["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+                plain = FileTokenizer.from_folder(Path(source.removeprefix("local-dir:")), length)
+                if plain is not None and plain.cleaning != "before":  # which open_clip's tokenizer cannot do
+                    tokenizer = plain
         except Exception as error:  # open_clip, torch, the hub and json each raise their own kinds here
             if network:
                 raise InputError(

@@ -3,6 +3,11 @@
 That one goes through transformers; the files that `tessera train reranker` writes, and whatever else says nothing that
 is not known here, are read by the tokenizers library alone, which takes a hundredth of the time to import.
 
+open_clip mends every text first (`clean`), and so did our rerankers, while priors read it unmended. A tokenizer that
+records what cannot be seen (`common/normalization.py`) is read as the prior reads it, without that: same text, same ids
+in both. Its `tokenizer_config.json` says so in `text_cleaning`, a key that open_clip does not know: there, curly quotes
+become straight and wide punctuation becomes narrow as ever.
+
 Letters: M texts, C context length.
 """
 
@@ -18,8 +23,9 @@ from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
+from common.normalization import sees_only_the_visible
 from common.text import END, SPECIALS, TextTokenizer
-from common.weights import write_json
+from common.writing import write_json
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # older files of transformers, which it reads as well
@@ -37,6 +43,9 @@ class TokenizerConfig(Config):
     split_special_tokens: bool = False  # whether an <end> written in a prompt is text
     clean_up_tokenization_spaces: bool = False  # of decoding
     model_max_length: float = 0  # the model's own context length counts
+    # `clean` comes before the normalizer of tokenizer.json, as in open_clip; or between two passes of it, for a model
+    # that was trained with `clean` and got its normalizer later; or not at all.
+    text_cleaning: Literal["before", "between", "none"] = "before"
 
 
 class FileTokenizer:
@@ -46,6 +55,7 @@ class FileTokenizer:
         """`config` is the content of `tokenizer_config.json`."""
         self.tokenizer, self.config, self.context_length = tokenizer, config, context_length
         known = TokenizerConfig.model_validate(config)
+        self.cleaning = known.text_cleaning
         tokenizer.encode_special_tokens = known.split_special_tokens
         tokenizer.enable_truncation(context_length)
         tokenizer.enable_padding(
@@ -74,8 +84,17 @@ class FileTokenizer:
         return cls(tokenizer, config, context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        encoded = self.tokenizer.encode_batch([clean(text) for text in texts])
+        encoded = self.tokenizer.encode_batch([self._cleaned(text) for text in texts])
         return torch.tensor([one.ids for one in encoded], dtype=torch.long).view(-1, self.context_length)
+
+    def _cleaned(self, text: str) -> str:
+        match self.cleaning:
+            case "before":
+                return clean(text)
+            case "between":
+                return clean(self.tokenizer.normalizer.normalize_str(text))
+            case "none":
+                return text
 
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(tokenizer_content(self), encoding="utf-8")
@@ -106,6 +125,8 @@ def write_tokenizer(text_tokenizer: TextTokenizer, folder: Path) -> None:
         "split_special_tokens": True,  # an <end> written in a prompt is text
         "clean_up_tokenization_spaces": False,
     }
+    if sees_only_the_visible(text_tokenizer.to_json()):
+        config["text_cleaning"] = "none"
     (folder / FILE).write_text(tokenizer.to_str(), encoding="utf-8")
     write_json(folder / CONFIG_FILE, config)
 

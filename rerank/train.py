@@ -19,6 +19,7 @@ from common.data import DataConfig, ImageFolder, Steps
 from common.errors import InputError
 from common.text import TextTokenizer
 from common.training import OptimizerConfig, Run, RunConfig
+from common.writing import refuse_data_folder
 from rerank.clip import ClipReranker, new_clip
 from rerank.negatives import recombined
 from rerank.tokenizer import tokenizer_content
@@ -46,7 +47,13 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         recipe.data.folder, size, recipe.data.validation_split or recipe.data.split, need_captions=True
     )
 
-    run = Run(recipe.run, recipe)
+    refuse_data_folder(recipe.run.output, recipe.data.folder, "run.output")
+    identities = {"data.folder": data.identity, "text_tokenizer": text_tokenizer.fingerprint}
+    if recipe.reranker is not None:
+        identities["reranker"] = clip.fingerprint
+    run = Run(recipe.run, recipe, identities, len(data))
+    if data.left_out:
+        run.say(data.left_out)
     average = run.averaged("average", clip.model)
     model = run.prepare("model", clip.model)
     optimizers = run.optimizers("optimizer", clip.model, recipe.optimizer)
@@ -73,10 +80,11 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         average.update_parameters(clip.model)
         run.log(loss=loss, temperature=1 / scale)
 
-        if run.due_after(recipe.run.sample_every) and run.is_main:
+        if run.samples_due():
             reranker = clip.with_model(average.module)
+            with run.optional("model") as folder:
+                reranker.save_pretrained(folder, dtype=torch.float16)
             run.log_now(**{"validation/retrieval": retrieval(reranker, validation, recipe.run.seed)})
-            reranker.save_pretrained(folder, dtype=torch.float16)
     return folder
 
 

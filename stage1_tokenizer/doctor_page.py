@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from common.data import ImageFolder
 from common.errors import InputError
 from common.images import to_pil
+from common.writing import write_text
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.doctor import Action, Doctor, Visit
 
@@ -81,9 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def write_page(path: Path, doctor: Doctor, patches: Patches, step: int) -> None:
     """Writes the page of a run as it is after `step` steps, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page(doctor, patches, step), encoding="utf-8")
-    part.replace(path)
+    write_text(path, page(doctor, patches, step))
 
 
 def page(doctor: Doctor, patches: Patches, step: int) -> str:

@@ -11,6 +11,7 @@ from common.config import Config, read_recipe
 from common.data import DataConfig, ImageFolder, Steps
 from common.metrics import perplexity, psnr
 from common.training import OptimizerConfig, Run, RunConfig
+from common.writing import refuse_data_folder
 from stage1_tokenizer.autoencoder import Autoencoded, Autoencoder, AutoencoderConfig
 from stage1_tokenizer.doctor import Doctor, DoctorConfig
 from stage1_tokenizer.doctor_page import exemplars, write_page
@@ -78,7 +79,10 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     bare = Autoencoder(recipe.model)
     bare_discriminator = PatchDiscriminator(recipe.loss.discriminator_channels, recipe.loss.discriminator_depth)
 
-    run = Run(recipe.run, recipe)
+    refuse_data_folder(recipe.run.output, recipe.data.folder, "run.output")
+    run = Run(recipe.run, recipe, {"data.folder": data.identity}, len(data))
+    if data.left_out:
+        run.say(data.left_out)
     average = run.averaged("average", bare)
     autoencoder = run.prepare("autoencoder", bare)
     discriminator = run.prepare("discriminator", bare_discriminator, compile=False)
@@ -150,13 +154,15 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             doctor.observe(bare.bottleneck, output.codes, quality)
             if run.due_after(recipe.doctor.every):
                 _visit(run, doctor, bare, adversarial_weight > 0, recipe.loss)
-        if run.due_after(recipe.run.sample_every) and run.is_main:
+        if run.samples_due():
             exported = average.module
             assert isinstance(exported, Autoencoder)
+            with run.optional("model") as folder:
+                exported.eval().save_pretrained(folder, dtype=torch.float16)
             _sample(run, exported, validation)
-            exported.save_pretrained(folder, dtype=torch.float16)
             if doctor is not None:
-                write_page(run.folder / "doctor.html", doctor, exemplars(bare, data), run.step + 1)
+                with run.optional("doctor.html") as page:
+                    write_page(page, doctor, exemplars(bare, data), run.step + 1)
     return folder
 
 
@@ -215,7 +221,11 @@ def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None
     """Figures on up to 256 validation pictures, and some of them above their reconstructions."""
     autoencoder.eval()
     wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
-    images = torch.stack([validation.image(i) for i in wanted]).to(run.device)
+    images, _, skipped = validation.readable(wanted)
+    run.note_skipped(skipped)
+    images = images.to(run.device)
+    if not len(images):
+        return run.say(f"none of {len(wanted)} validation pictures can be read, so there are no samples")
     decoded = torch.cat([autoencoder.decode_latents(autoencoder.encode_latents(part)) for part in images.split(64)])
     run.log_now(**{"validation/psnr": float(psnr(decoded, images).mean())})
     shown = [pair for i in range(0, min(256, len(images)), 16) for pair in (images[i], decoded[i])]

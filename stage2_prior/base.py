@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.config import Config, Origin
 from common.errors import InputError
-from common.text import TextTokenizer
+from common.text import FILE, TextTokenizer
 from common.weights import save_pretrained
 
 
@@ -85,9 +85,8 @@ class Prior(nn.Module, ABC):
         self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
     ) -> None:
         """Writes config, weights and, if there is one, the text tokenizer, so that the prior loads alone."""
-        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size)
-        if self.text_tokenizer is not None:
-            self.text_tokenizer.save_into(folder)
+        texts = {} if self.text_tokenizer is None else {FILE: self.text_tokenizer.to_json(pretty=True)}
+        save_pretrained(self, self.config, folder, dtype=dtype, max_shard_size=max_shard_size, texts=texts)
 
     def prefix(
         self,

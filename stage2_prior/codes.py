@@ -1,14 +1,15 @@
 """Images as codes on disk: what `tessera encode` writes once and the prior trains on.
 
-A folder of `codes-00000.safetensors`, ... (each `codes`, (n, Q, h, w) int32, and where the pictures have segmentation
-maps `segmentation`, the codes that the maps' own tokenizer gives them), `captions.jsonl` with a line for each row
-(`text`, `weight`, and the number of its class as `label` where pictures have labels) and `meta.json` (tokenizer
-fingerprint, codebook size, code shape, shard sizes, names of the classes). Shards are written whole or not at all and
-found ones are kept, so encoding can be stopped and goes on where it was.
+A folder of `codes-00000.safetensors`, ..., `captions.jsonl` with a line for each picture of the data (`text`, `weight`,
+and the number of its class as `label` where pictures have labels) and `meta.json` (tokenizer fingerprint, codebook
+size, code shape, shard sizes, names of the classes). A shard holds `codes`, (n, Q, h, w) int32, of the pictures that
+can be read; `items`, (n,) int64, which lines of the captions they belong to; `pictures`, (n, 16) uint8, digests of the
+files they were made from; and where the pictures have segmentation maps `segmentation`, the codes that the maps' own
+tokenizer gives them. Shards of earlier releases hold codes alone, one for each line.
 """
 
-import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 from common.config import Config, validate
 from common.data import Order
 from common.errors import InputError
+from common.files import read_json, read_json_lines
 from stage2_prior.base import flatten_codes
 
 META = "meta.json"
@@ -39,8 +41,8 @@ class CodesMeta(Config):
     tokenizer_fingerprint: str
     codebook_size: int = Field(gt=0)
     code_shape: tuple[int, int, int]  # Q, h, w
-    rows: int = Field(gt=0)
-    shard_rows: int = Field(gt=0)  # rows a shard, the last may have fewer
+    rows: int = Field(gt=0)  # pictures of the data, those that cannot be read among them
+    shard_rows: int = Field(gt=0)  # pictures a shard, the last may have fewer
     class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where pictures have no labels
     segmentation: SegmentationMeta | None = None  # of the maps' codes; null where pictures have no maps
 
@@ -63,7 +65,7 @@ class Codes:
         self.folder = folder = Path(folder)
         if not (folder / META).is_file():
             raise InputError(f"{folder} has no {META}; write the codes with tessera encode")
-        self.meta = validate(CodesMeta, json.loads((folder / META).read_text()), where=str(folder / META))
+        self.meta = validate(CodesMeta, read_json(folder / META, "encode again"), where=str(folder / META))
         try:
             shards = [load_file(folder / shard_name(i)) for i in range(self.meta.shards)]
             codes = torch.cat([shard["codes"] for shard in shards])
@@ -72,13 +74,23 @@ class Codes:
             raise InputError(f"{folder} is not complete ({error}); run tessera encode again") from None
         self.codes = flatten_codes(codes)  # (rows, T) int32
         self.segmentation = maps  # (rows, Q, h, w) int32
-        lines = (folder / CAPTIONS).read_text(encoding="utf-8").splitlines()
-        if not len(lines) == len(self.codes) == self.meta.rows:
-            raise InputError(f"{folder} has {len(self.codes)} rows of codes and {len(lines)} of captions; encode again")
-        rows = [json.loads(line) for line in lines]
+        items = torch.cat([shard["items"] for shard in shards]) if "items" in shards[0] else torch.arange(len(codes))
+        lines = [row for _, row in read_json_lines(folder / CAPTIONS, "encode again")]
+        if len(lines) != self.meta.rows or len(items) != len(codes) or int(items.max()) >= len(lines):
+            raise InputError(f"{folder} has {len(codes)} rows of codes and {len(lines)} of captions; encode again")
+        rows = [lines[item] for item in items.tolist()]
         self.captions = [tuple(row["text"]) for row in rows]
         self.weights = [float(row["weight"]) for row in rows]
         self.labels = [int(row["label"]) for row in rows] if self.meta.class_names else []
+
+    @property
+    def identity(self) -> str:
+        """Changes with anything a prior could learn from: codes, captions, weights, labels, maps, and their order."""
+        digest = sha256(self.codes.numpy().tobytes())
+        if self.segmentation is not None:
+            digest.update(self.segmentation.contiguous().numpy().tobytes())
+        digest.update(repr((self.captions, self.weights, self.labels, self.meta.class_names)).encode())
+        return f"{len(self)} rows (fingerprint {digest.hexdigest()[:16]})"
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from common.config import Config, read_recipe
 from common.errors import InputError
 from common.training import OptimizerConfig, Run, RunConfig
-from common.weights import new_folder
+from common.writing import replacing
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
@@ -109,7 +109,11 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     torch.manual_seed(recipe.run.seed)
     add_lora(prior, recipe.lora)
 
-    run = Run(recipe.run, recipe)
+    remembered = None if recipe.remember is None else Codes(recipe.remember)
+    identities = {"prior": base, "codes": codes.identity, "image_tokenizer": codes.meta.tokenizer_fingerprint}
+    if remembered is not None:
+        identities["remember"] = remembered.identity
+    run = Run(recipe.run, recipe, identities)
     # The base never changes, so averages and checkpoints hold the adapter alone.
     adapter = nn.ParameterList(weight for weight in prior.parameters() if weight.requires_grad)
     average = run.averaged("average", adapter)
@@ -121,7 +125,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     folder = run.folder / "model"
 
-    for batch in run.batches(_steps(recipe, codes, prior, rank, world)):
+    for batch in run.batches(_steps(recipe, codes, remembered, prior, rank, world)):
         prefix = noisy_prefix(run, prior, batch, recipe)  # (B, P)
         with run.autocast():
             text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
@@ -132,10 +136,11 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
         if text_weight:
             run.log(text=text_loss)
 
-        if run.due_after(recipe.run.sample_every) and run.is_main:
+        if run.samples_due():
             with _exchanged(adapter, average.module), torch.no_grad():
                 prior.eval()
-                save_lora(prior, folder, base, recipe.prior)
+                with run.optional("model") as folder:
+                    save_lora(prior, folder, base, recipe.prior)
                 if image_tokenizer is not None:
                     tokenizer = image_tokenizer.to(run.device)
                     sample_pictures(run, prior, tokenizer, recipe.prompts, recipe.sampling, codes)
@@ -179,16 +184,17 @@ def save_lora(prior: Any, folder: Path, base: str, base_name: str | Path) -> Non
     content |= {"base_model_name_or_path": Path(base_name).name, "revision": base, "inference_mode": True}
     content["target_modules"] = sorted(content["target_modules"])
     state = {f"{PREFIX}{name}": weight.contiguous() for name, weight in get_peft_model_state_dict(prior).items()}
-    with new_folder(folder) as part:
+    with replacing(folder) as part:
         (part / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(state, part / WEIGHTS, metadata={"format": "pt"})
 
 
-def _steps(recipe: FinetuneRecipe, codes: Codes, prior: Any, rank: int, world: int) -> Dataset[CodesBatch]:
+def _steps(
+    recipe: FinetuneRecipe, codes: Codes, known: Codes | None, prior: Any, rank: int, world: int
+) -> Dataset[CodesBatch]:
     size, seed = recipe.run.batch_size, recipe.run.seed
-    if recipe.remember is None:
+    if known is None or recipe.remember is None:
         return CodesSteps(codes, size, seed, rank, world)
-    known = Codes(recipe.remember)
     check_codes(prior, recipe.prior, known, recipe.remember)
     old = round(size * recipe.remember_share)
     if not 0 < old < size:

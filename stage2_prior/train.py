@@ -19,6 +19,7 @@ from stage2_prior.base import Condition, Predictions, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
 from stage2_prior.conditions import batch_prefix, condition_of
 from stage2_prior.load import load_prior
+from stage2_prior.lora import base_fingerprint
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior, PixelCNNSize
 from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
@@ -169,7 +170,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     if recipe.code_dropout and not isinstance(prior, GPTPrior):
         raise InputError(f"code_dropout is for a gpt, and the prior is a {prior.config.type}; leave it out")
 
-    run = Run(recipe.run, recipe)
+    run = Run(recipe.run, recipe, _identities(recipe, codes, text_tokenizer, prior))
     average = run.averaged("average", prior)
     objective = run.prepare("prior", Objective(prior, recipe.pkeep, recipe.code_dropout))
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
@@ -200,14 +201,27 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         foretold = {"text": text_loss} if foretells_text else {}
         run.log(loss=loss, **foretold, image=depth_losses.mean(), first=depth_losses[0])
 
-        if run.due_after(recipe.run.sample_every) and run.is_main:
+        if run.samples_due():
             exported = average.module
             assert isinstance(exported, Prior)
-            exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
+            with run.optional("model") as folder:
+                exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
             if image_tokenizer is not None:
                 tokenizer = image_tokenizer.to(run.device)
                 sample_pictures(run, exported, tokenizer, recipe.prompts, recipe.sampling, codes)
     return folder
+
+
+def _identities(
+    recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None, prior: Trainable
+) -> dict[str, str]:
+    """What the recipe's paths lead to; `prior` as it is before the first step."""
+    found = {"codes": codes.identity, "image_tokenizer": codes.meta.tokenizer_fingerprint}
+    if text_tokenizer is not None:
+        found["text_tokenizer"] = text_tokenizer.fingerprint
+    if recipe.prior or recipe.trunk:
+        found["prior" if recipe.prior else "trunk"] = base_fingerprint(prior)
+    return found
 
 
 def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> Trainable:

@@ -7,15 +7,18 @@ from pathlib import Path
 from pydantic import Field
 
 from common.config import Config, read_recipe
-from common.data import DataConfig, Item, read_items
+from common.data import DataConfig
 from common.errors import InputError
+from common.folder import Item, read_folder
 from common.text import TextTokenizer
+from common.writing import refuse_data_folder, refuse_foreign
 from stage2_prior.truncation import describe, truncation
 
 
 class TextRecipe(Config):
     data: DataConfig
     vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    lower_case: bool = False  # capitals read as small letters: for captions without them, and less to learn
     text_length: int | None = Field(None, ge=2)  # of the prior it is for; says what of each language would be cut
     output: Path
 
@@ -23,10 +26,14 @@ class TextRecipe(Config):
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains and saves the text tokenizer of a recipe; returns its folder."""
     recipe = read_recipe(TextRecipe, recipe_path, overrides)
-    items = read_items(recipe.data.folder, recipe.data.split)
+    refuse_data_folder(recipe.output, recipe.data.folder, "output")
+    refuse_foreign(recipe.output)
+    items, _, without_text = read_folder(recipe.data.folder, recipe.data.split)
     if not any(item.captions for item in items):
-        raise InputError(f"{recipe.data.folder} has pictures but no captions to train a text tokenizer on")
-    tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size)
+        raise InputError(
+            f"{recipe.data.folder} has pictures but no captions to train a text tokenizer on; {without_text}"
+        )
+    tokenizer = TextTokenizer.train(_captions(items), recipe.vocab_size, recipe.lower_case)
     tokenizer.save_pretrained(recipe.output)
     captions = list(_captions(items))
     lengths = sorted(tokenizer.lengths(captions))

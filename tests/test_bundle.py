@@ -11,12 +11,12 @@ import pytest
 
 from common.errors import InputError
 from common.text import TextTokenizer
+from common.writing import file_hash
 from pipelines import bundle as bundles
 from pipelines.bundle import (
     INDEX,
     assemble_bundle,
     bundle_fingerprint,
-    file_hash,
     find_bundle,
     load_bundle,
     read_index,
@@ -120,7 +120,7 @@ def test_an_older_bundle_is_replaced_and_nothing_else(tiny_parts: Path, copied: 
     home.mkdir()
     (home / "letter.txt").write_text("dear")
     assert "exists and is not a bundle; give a new folder" in refusal(lambda: assembled(home, tiny_parts))
-    assert "exists and is not a bundle" in refusal(lambda: assembled(home / "letter.txt", tiny_parts))
+    assert "is a file, not a folder" in refusal(lambda: assembled(home / "letter.txt", tiny_parts))
     assert (home / "letter.txt").read_text() == "dear"
 
 

@@ -196,7 +196,7 @@ def test_a_data_folder_without_use_is_refused(refused: Refused, ran: Ran, tmp_pa
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b'{"file_name": "a.png", "text": "a"}\n{"file_name": ', "line 2: not valid JSON"),
+        (b'{"file_name": "a.png", "text": "a"}\n{"file_name": ', "line 2 is not valid JSON"),
         (b'{"text": "a"}', "'file_name' is missing"),
         (b'{"file_name": "../../a.png", "text": "a"}', "leads out of the folder"),
         (b'{"file_name": "a.png", "text": 7}', "'text' must be a caption or a list of captions"),
@@ -558,7 +558,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(refused: Refused, tmp_pa
     write_data(tmp_path / "data")
     (tmp_path / "file").write_text("in the way")
     path = write_recipe(tmp_path, "tokenizer")
-    assert "cannot write the run folder" in refused("train", "tokenizer", path, f"run.output={tmp_path}/file/run")
+    assert "cannot write the folder" in refused("train", "tokenizer", path, f"run.output={tmp_path}/file/run")
 
 
 def test_parts_that_do_not_belong_together_are_refused(refused: Refused, tiny_parts: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import stage2_prior.encode
 import stage2_prior.train
-from common.data import class_names, read_items
 from common.errors import InputError
+from common.folder import class_names, read_items
 from common.images import open_image, read_map, to_tensor
 from pipelines import TextToImagePipeline, cli
 from pipelines.bundle import assemble_bundle

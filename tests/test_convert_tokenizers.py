@@ -719,8 +719,8 @@ def test_what_cannot_be_converted_is_said(checkpoint: Path, tmp_path: Path) -> N
     wavelet = wrapped({"model.decoder.idwt.filters": torch.zeros(1)}, tmp_path / "vqgan.ckpt")
     assert "wavelet" in refused("rudalle-vqgan", [wavelet], tmp_path)
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "photo.png").touch()
-    with pytest.raises(InputError, match="is not a tokenizer's folder"):
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="is in the way"):
         convert("taming-vqgan", [checkpoint], tmp_path / "taken")
     with pytest.raises(InputError, match="divisible by the factor 2"):
         convert("taming-vqgan", [checkpoint], tmp_path / "odd", image_size=31)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageFolder, Order, Steps, read_items
+from common.data import ImageFolder, Order, Steps
 from common.errors import InputError
+from common.folder import read_items
 from common.images import open_image, read_origin, save_png, to_pil, to_tensor
 from common.metrics import perplexity, psnr
 
@@ -44,7 +45,7 @@ def test_csv_and_sidecar_layouts(folder, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 7: not valid JSON"),
+        ("{", "line 7 is not valid JSON"),
         ('{"text": "no file"}', "line 7: 'file_name' is missing"),
         ('{"file_name": "../../etc/x.png"}', "leads out of the folder"),
         ('{"file_name": "0.png", "text": 3}', "'text' must be a caption or a list of captions"),

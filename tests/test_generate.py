@@ -267,7 +267,7 @@ def test_replay_of_other_files(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "does not carry its origin" in refusal(replay, tmp_path / "photo.png", tmp_path / "again")
     (tmp_path / "text.png").write_text("no picture")
     assert "is not a readable picture" in refusal(replay, tmp_path / "text.png", tmp_path / "again")
-    assert "is not a readable picture" in refusal(replay, tmp_path / "none.png", tmp_path / "again")
+    assert "none.png does not exist" in refusal(replay, tmp_path / "none.png", tmp_path / "again")
     for content in ("{}", "[]", "not json", '{"prompt": "x", "seed": "many"}', '{"seed": 1}'):
         info = PngImagePlugin.PngInfo()
         info.add_itxt("tessera", content)

@@ -422,7 +422,10 @@ def test_a_wrong_merge_is_a_sentence(tiny_bundle, tiny_lora, tmp_path, capsys):
     (tmp_path / "full" / "file").write_text("in the way")
     for arguments, sentence in (
         (["merge", str(tiny_bundle)], "there is nothing to merge"),
-        (["merge", str(tiny_bundle), "--lora", str(tiny_lora), "-o", str(tmp_path / "full")], "is something else"),
+        (
+            ["merge", str(tiny_bundle), "--lora", str(tiny_lora), "-o", str(tmp_path / "full")],
+            "exists and is not a bundle",
+        ),
         (["merge", "emojo", "--lora", str(tiny_lora), "-o", str(tmp_path / "new")], "there is no bundle 'emojo'"),
     ):
         assert cli.main(arguments) == 2

@@ -18,7 +18,8 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data import ImageFolder, read_items
+from common.data import ImageFolder
+from common.folder import read_items
 from common.images import fit, open_image, save_png, to_pil
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
@@ -76,7 +77,7 @@ def write_held_out(data: Path, folder: Path, size: int, number: int) -> Path:
     paths = [paths[i] for i in torch.linspace(0, len(paths) - 1, min(number, len(paths))).long().tolist()]
     names = [f"{place:04d}.png" for place in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
-        save_png(fit(open_image(path), size), folder / name)
+        fit(open_image(path), size).save(folder / name)  # data: `save_png` would mark it as what a model made
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name}) + "\n" for name in names))
     return folder
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from common.errors import InputError, nearest
 from common.weights import save_pretrained
+from common.writing import refuse_foreign
 from stage1_tokenizer.convert.vqgan import Converted, build
 
 FAMILIES = (
@@ -30,8 +31,7 @@ def convert(family: str, sources: Sequence[str | Path], out: str | Path, image_s
     such a checkpoint, or when one of its weights is missing or left over.
     """
     out = Path(out)
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").is_file())):
-        raise InputError(f"{out} exists and is not a tokenizer's folder; choose another one")
+    refuse_foreign(out)
     try:
         config, weights = _read(family, [Path(source) for source in sources])
     except ValidationError as error:  # sizes that no model of ours has
