@@ -78,6 +78,27 @@ def test_filters_follow_their_order():
     assert int((filter_logits(logits, Sampling(top_p=0.6)) > -torch.inf).sum()) == 2
 
 
+@pytest.mark.parametrize("margin", [0.001, 0.01])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_top_p_keeps_the_fewest_codes_that_reach_it(margin, temperature):
+    """Just above 0.4, 0.7, 0.85 or 0.95, which are the sums of the likeliest, it takes a code more than just below."""
+    probabilities = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])  # not in order
+    logits = probabilities.log() * temperature  # of which the temperature makes these probabilities
+    for count, total in enumerate((0.4, 0.7, 0.85, 0.95), 1):
+        for top_p, expected in ((total - margin, count), (total + margin, count + 1)):
+            sampling = Sampling(top_p=top_p, temperature=temperature)
+            kept = filter_logits(logits.expand(2, -1), sampling) > -torch.inf
+            likeliest = probabilities.argsort(descending=True)[:expected]
+            assert kept.sum(-1).tolist() == [expected] * 2 and kept[:, likeliest].all(), (top_p, expected)
+
+
+def test_top_p_of_one_and_the_largest_top_k_leave_all_codes():
+    logits = torch.randn(3, 50) * 20  # some with probability 0 in float32
+    for sampling in (Sampling(top_p=1.0), Sampling(top_k=50), Sampling(top_k=51)):
+        assert torch.equal(filter_logits(logits, sampling), logits)
+    assert (filter_logits(logits, Sampling(top_k=49)) > -torch.inf).sum(-1).tolist() == [49] * 3
+
+
 def test_top_k_beyond_the_codebook_takes_all_of_it(prior):
     prefix = prior.prefix(TEXTS[:1])
     assert torch.equal(sample(prior, prefix, range(4), Sampling(top_k=10**9)), sample(prior, prefix, range(4)))

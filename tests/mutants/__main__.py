@@ -163,7 +163,10 @@ def _preload() -> None:
 def _copy(target: Path) -> Path:
     """The working tree as git sees it, with changes that are not committed."""
     names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
     ).stdout.decode()
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
@@ -296,7 +299,9 @@ def table(results: list[Result], seed: int) -> str:
         lines.append(f"| {name} | {counts.total()} | {noticed} | {counts['timed out']} | {counts['survived']} |")
     survivors = [_describe(r.mutant) for r in results if r.outcome == "survived"]
     caught = len(results) - len(survivors)
-    score = f"{caught} of {len(results)} mutants of seed {seed} were noticed, {100 * caught / max(1, len(results)):.1f} %."
+    score = (
+        f"{caught} of {len(results)} mutants of seed {seed} were noticed, {100 * caught / max(1, len(results)):.1f} %."
+    )
     return "\n".join([score, "", *lines, *(["", "Survived:", *survivors] if survivors else [])])
 
 
