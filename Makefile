@@ -2,11 +2,13 @@
 # make test    the whole test suite
 # make lint    ruff and mypy
 # make check   test and lint
+# make mutants plants small faults for ten minutes and counts how many the tests notice (docs/testing.md)
 #
 # Each makes the environment it needs first, in $(VENV): demo needs the package alone, the others the `dev` extra.
 
 VENV ?= .venv
 JOBS ?= 2
+SEED ?= 0
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call usable,$(name))))
 usable = $(shell $(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $(1))
 
@@ -15,7 +17,7 @@ PROMPT ?= a red heart above a blue circle
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: setup demo test lint check
+.PHONY: setup demo test lint check mutants
 .DEFAULT_GOAL := check
 
 setup: $(VENV)/.dev
@@ -33,6 +35,9 @@ lint: $(VENV)/.dev
 
 check: lint test
 
+mutants: $(VENV)/.mutants
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.mutants --jobs $(JOBS) --minutes 8 --seed $(SEED)
+
 # One environment with two stamps: the development one holds all that the demo needs.
 $(VENV)/.base: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --editable .
@@ -41,6 +46,10 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/pip
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --editable '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(VENV)/bin/pip install --editable '.[dev,mutants]'
+	@touch $@
 
 $(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "tessera needs Python 3.11 to 3.14; none was found (or give PYTHON=...)" >&2; exit 2; }

@@ -9,6 +9,7 @@ each with the reason, and they are not drawn. docs/testing.md has the score.
 import argparse
 import fnmatch
 import importlib
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,13 +42,6 @@ class Concern(NamedTuple):
     tests: list[list[str]]  # arguments of pytest, one list a run, the quickest first
 
 
-class Result(NamedTuple):
-    concern: str
-    mutant: Mutant
-    outcome: str  # killed, survived, timed out
-    seconds: float
-
-
 def main() -> int:
     arguments = _arguments()
     concerns = read_concerns(arguments.only)
@@ -55,24 +49,29 @@ def main() -> int:
     _preload()
     with tempfile.TemporaryDirectory(prefix="tessera-mutants-") as scratch:
         slots = [_copy(Path(scratch) / str(number)) for number in range(arguments.jobs)]
-        limits = {} if arguments.list else {c.name: _time_limit(c, slots[0]) for c in concerns}
-        drawn = draw(concerns, arguments.seed, equivalents)
+        drawn = itertools.islice(draw(concerns, arguments.seed, equivalents), arguments.count)
+        if arguments.again:
+            drawn = survivors_of(arguments.again, concerns, equivalents)
         if arguments.list:
-            for number, (concern, mutant) in zip(range(arguments.count), drawn, strict=False):
-                print(f"{number} {concern.name} {_describe(mutant)}")
+            for concern, mutant in drawn:
+                print(f"{concern.name}: {_describe(mutant)}")
             return 0
         end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
-        results = list(run(drawn, arguments.count, slots, limits, end))
+        limits, jobs = time_limits(concerns, slots), list[_Job]()
+        for job in finished(drawn, slots, limits, end):
+            jobs.append(job)
+            words = f"{len(jobs)} {job.outcome:9} {job.seconds:5.1f} s"
+            print(f"{words}  {_describe(job.mutant)}", file=sys.stderr, flush=True)
     if arguments.json:
         rows = [
-            {**r.mutant.place._asdict(), "before": r.mutant.before, "after": r.mutant.after, "outcome": r.outcome}
-            | {"concern": r.concern, "seconds": round(r.seconds, 1)}
-            for r in results
+            {**job.mutant.place._asdict(), "before": job.mutant.before, "after": job.mutant.after}
+            | {"concern": job.concern.name, "outcome": job.outcome, "seconds": round(job.seconds, 1)}
+            for job in jobs
         ]
         arguments.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(table(results, arguments.seed))
-    caught = sum(r.outcome != "survived" for r in results)
-    return 0 if caught >= 0.95 * len(results) else 1
+    print(table(jobs, arguments.seed))
+    caught = sum(job.outcome != "survived" for job in jobs)
+    return 0 if caught >= 0.95 * len(jobs) else 1
 
 
 def _arguments() -> argparse.Namespace:
@@ -83,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=["*"], help="concerns or files: losses 'stage2_prior/sampling/*'")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     parser.add_argument("--json", type=Path, help="file for the outcome of each")
+    parser.add_argument("--again", type=Path, help="instead of a sample, the survivors in a file that --json wrote")
     parser.add_argument("--list", action="store_true", help="show the sample and run nothing")
     return parser.parse_args()
 
@@ -114,6 +114,10 @@ def read_equivalents() -> set[tuple[str, str, str]]:
     return {(row["file"], _bare(row["before"]), _bare(row["after"])) for row in content}
 
 
+def _key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.place.file, _bare(mutant.before), _bare(mutant.after)
+
+
 def _bare(line: str) -> str:
     return re.sub(r"\s+", "", line)
 
@@ -131,6 +135,19 @@ def draw(
                 queues.remove(queue)
 
 
+def survivors_of(
+    record: Path, concerns: list[Concern], equivalents: set[tuple[str, str, str]]
+) -> Iterator[tuple[Concern, Mutant]]:
+    """Those of an earlier run, where the sources are still the same."""
+    by_name = {concern.name: concern for concern in concerns}
+    for row in json.loads(record.read_text(encoding="utf-8")):
+        if row["outcome"] == "survived" and row["concern"] in by_name:
+            place = Place(row["file"], row["operator"], row["occurrence"], row["line"])
+            mutant = mutate(place, (ROOT / place.file).read_text(encoding="utf-8"))
+            if mutant and _key(mutant) not in equivalents:
+                yield by_name[row["concern"]], mutant
+
+
 def _drawn_of(
     concern: Concern, rng: random.Random, equivalents: set[tuple[str, str, str]]
 ) -> Iterator[tuple[Concern, Mutant]]:
@@ -144,7 +161,7 @@ def _drawn_of(
         earlier[place.file, place.line] += 1
     for place in sorted(found, key=ranks.__getitem__):
         mutant = mutate(place, sources[place.file])
-        if mutant and (place.file, _bare(mutant.before), _bare(mutant.after)) not in equivalents:
+        if mutant and _key(mutant) not in equivalents:
             yield concern, mutant
 
 
@@ -175,57 +192,48 @@ def _copy(target: Path) -> Path:
     return target
 
 
-def _time_limit(concern: Concern, slot: Path) -> float:
-    """Three times what the tests take on unchanged sources, and a little. Exits unless they pass."""
-    start = time.monotonic()
-    job = _Job(concern, None, slot, start + 900)
-    while job.outcome() is None:
-        time.sleep(0.05)
-    if job.outcome() != "survived":
-        sys.exit(f"the tests of {concern.name} fail without any change:\n{job.output()[-3000:]}")
-    seconds = time.monotonic() - start
-    print(f"{concern.name}: its tests take {seconds:.0f} s", file=sys.stderr)
-    return 3 * seconds + 15
+def time_limits(concerns: list[Concern], slots: list[Path]) -> dict[str, float]:
+    """By concern, three times the seconds its tests take on unchanged sources, and a little. Exits unless they pass."""
+    limits = {}
+    for job in finished(
+        ((concern, None) for concern in concerns), slots, dict.fromkeys((c.name for c in concerns), 900)
+    ):
+        if job.outcome != "survived":
+            sys.exit(f"the tests of {job.concern.name} fail without any change:\n{job.output[-3000:]}")
+        limits[job.concern.name] = 3 * job.seconds + 15
+        print(f"{job.concern.name}: its tests take {job.seconds:.0f} s", file=sys.stderr, flush=True)
+    return limits
 
 
-def run(
-    drawn: Iterator[tuple[Concern, Mutant]], count: int, slots: list[Path], limits: dict[str, float], end: float
-) -> Iterator[Result]:
-    """Runs `count` mutants, one in each slot at a time, and says of each how it ended."""
-    free, jobs, started, done = list(slots), list[_Job](), 0, 0
+def finished(
+    todo: Iterator[tuple[Concern, Mutant | None]],
+    slots: list[Path],
+    limits: Mapping[str, float],
+    end: float = float("inf"),
+) -> Iterator["_Job"]:
+    """Runs the tests of each, one in every slot at a time, none started after `end`; the jobs as they finish."""
+    free, jobs = list(slots), list[_Job]()
     while True:
-        while free and started < count and time.monotonic() < end:
-            following = next(drawn, None)
-            if following is None:
-                count = started
-                break
-            concern, mutant = following
-            jobs.append(_Job(concern, mutant, free.pop(), time.monotonic() + limits[concern.name]))
-            started += 1
+        while free and time.monotonic() < end and (following := next(todo, None)) is not None:
+            jobs.append(_Job(*following, free.pop(), limits[following[0].name]))
         if not jobs:
             return
         time.sleep(0.05)
         for job in list(jobs):
-            outcome = job.outcome()
-            if outcome is None:
-                continue
-            jobs.remove(job)
-            free.append(job.slot)
-            done += 1
-            assert job.mutant is not None
-            seconds = time.monotonic() - job.start
-            print(f"{done} {outcome:9} {seconds:5.1f} s  {_describe(job.mutant)}", file=sys.stderr, flush=True)
-            yield Result(job.concern.name, job.mutant, outcome, seconds)
+            if job.poll():
+                jobs.remove(job)
+                free.append(job.slot)
+                yield job
 
 
 class _Job:
-    """A mutant's tests in a process of their own, forked from this one."""
+    """A concern's tests on one mutant, or on the sources as they are, in a process forked from this one."""
 
     stamp = 0  # files changed so far; see `_write`
 
     def __init__(self, concern: Concern, mutant: Mutant | None, slot: Path, limit: float) -> None:
-        self.concern, self.mutant, self.slot, self.limit, self.start = concern, mutant, slot, limit, time.monotonic()
-        self._outcome: str | None = None
+        self.concern, self.mutant, self.slot = concern, mutant, slot
+        self.start, self.limit, self.seconds, self.outcome, self.output = time.monotonic(), limit, 0.0, "", ""
         if mutant is not None:
             self._original = (slot / mutant.place.file).read_text(encoding="utf-8")
             self._write(mutant.place.file, mutant.source)
@@ -233,22 +241,22 @@ class _Job:
         if self.process == 0:
             _run_tests(concern.tests, slot)
 
-    def outcome(self) -> str | None:
-        """None while it runs."""
-        if self._outcome is None:
-            ended, status = os.waitpid(self.process, os.WNOHANG)
-            if ended:
-                self._outcome = "survived" if status == 0 else "killed"
-            elif time.monotonic() > self.limit:
-                os.killpg(self.process, signal.SIGKILL)
-                os.waitpid(self.process, 0)
-                self._outcome = "timed out"
-            if self._outcome and self.mutant is not None:
-                self._write(self.mutant.place.file, self._original)
-        return self._outcome
-
-    def output(self) -> str:
-        return (self.slot / "mutant.log").read_text(encoding="utf-8", errors="replace")
+    def poll(self) -> bool:
+        """Whether it has come to an end; then `outcome` is killed, survived or timed out."""
+        self.seconds = time.monotonic() - self.start
+        ended, status = os.waitpid(self.process, os.WNOHANG)
+        if ended:
+            self.outcome = "survived" if status == 0 else "killed"
+        elif self.seconds > self.limit:
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+            self.outcome = "timed out"
+        else:
+            return False
+        self.output = (self.slot / "mutant.log").read_text(encoding="utf-8", errors="replace")
+        if self.mutant is not None:
+            self._write(self.mutant.place.file, self._original)
+        return True
 
     def _write(self, name: str, source: str) -> None:
         """With a date of its own, because Python takes a compiled file for current when date and size agree."""
@@ -286,22 +294,21 @@ def _run_tests(tests: list[list[str]], slot: Path) -> None:
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def _describe(mutant: Mutant) -> str:
+def _describe(mutant: Mutant | None) -> str:
+    assert mutant is not None  # as only of unchanged sources
     return f"{mutant.place.file}:{mutant.place.line}\n      - {mutant.before}\n      + {mutant.after}"
 
 
-def table(results: list[Result], seed: int) -> str:
+def table(jobs: list[_Job], seed: int) -> str:
     """Markdown: how many of each concern's mutants were noticed, then those that were not."""
     lines = ["| concern | mutants | noticed | of these by time | survived |", "|--|--:|--:|--:|--:|"]
-    for name in [*dict.fromkeys(r.concern for r in results), "all"]:
-        counts = Counter(r.outcome for r in results if name in (r.concern, "all"))
+    for name in [*dict.fromkeys(job.concern.name for job in jobs), "all"]:
+        counts = Counter(job.outcome for job in jobs if name in (job.concern.name, "all"))
         noticed = counts["killed"] + counts["timed out"]
         lines.append(f"| {name} | {counts.total()} | {noticed} | {counts['timed out']} | {counts['survived']} |")
-    survivors = [_describe(r.mutant) for r in results if r.outcome == "survived"]
-    caught = len(results) - len(survivors)
-    score = (
-        f"{caught} of {len(results)} mutants of seed {seed} were noticed, {100 * caught / max(1, len(results)):.1f} %."
-    )
+    survivors = [_describe(job.mutant) for job in jobs if job.outcome == "survived"]
+    share = 100 * (1 - len(survivors) / max(1, len(jobs)))
+    score = f"{len(jobs) - len(survivors)} of {len(jobs)} mutants of seed {seed} were noticed, {share:.1f} %."
     return "\n".join([score, "", *lines, *(["", "Survived:", *survivors] if survivors else [])])
 
 
