@@ -165,6 +165,12 @@ def test_a_condition_of_another_kind_or_size_is_refused(kind):
         maps.prefix(segmentation=torch.zeros(1, 1, 2, 2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"codes of a map must be in \[0, 7\), got 0 to 9"):
         maps.prefix(segmentation=torch.tensor([0, 1, 2, 3, 4, 5, 6, 9]).view(1, 2, 2, 2))
+    for code in (7, -1):
+        with pytest.raises(
+            InputError, match=rf"codes of a map must be in \[0, 7\), got {min(code, 0)} to {max(code, 0)}"
+        ):
+            maps.prefix(segmentation=torch.tensor([0] * 7 + [code]).view(1, 2, 2, 2))
+    assert maps.prefix(segmentation=torch.tensor([0] * 7 + [6]).view(1, 2, 2, 2)).shape == (1, 8)
     with pytest.raises(InputError, match="draws from segmentation maps and was given class labels"):
         maps.prefix(classes=[1])
 

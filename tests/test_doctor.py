@@ -117,6 +117,10 @@ def test_the_discriminator_is_turned_down_while_pictures_are_worse_and_up_again(
     ]
     visits(doctor, vq, PLENTY, 10.0, times=2)
     assert doctor.learning_rate_share == 0.5
+    visits(doctor, vq, PLENTY, 10.0, times=100)
+    assert doctor.learning_rate_share == LEAST_SHARE and doctor.adversarial_share == 1  # nobody to turn down
+    visits(doctor, vq, PLENTY, 10.0, adversarial=True, times=100)
+    assert doctor.learning_rate_share == LEAST_SHARE == doctor.adversarial_share
 
 
 def test_losses_that_join_are_not_an_illness():

@@ -1,6 +1,7 @@
 """Sampling (stage2_prior/sampling/): what the settings do, given codes, log-probabilities, early pruning."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from common.errors import InputError
 from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
+from stage2_prior.sampling.parts import draw_in_parts
 from stage2_prior.sampling.prune import codes_drawn, most_promising, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import Drawing, draw, sample_scored
 from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
@@ -194,6 +196,64 @@ def test_given_codes_that_are_none_are_refused(prior):
             sample(prior, prefix, [0], first_codes=wrong)
 
 
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """Collecting garbage takes a tenth of a second each time."""
+    monkeypatch.setattr("stage2_prior.sampling.parts.gc.collect", lambda: 0)
+
+
+class Part(NamedTuple):
+    rows: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+@pytest.mark.parametrize("prefixes", [1, 2, 3])
+@pytest.mark.parametrize("room", [1, 2, 5, 12])
+def test_what_does_not_fit_is_drawn_in_parts(error, prefixes, room, no_collection, capsys):
+    asked = []
+
+    def draw(which, seeds):
+        asked.append(len(seeds))
+        count = which.stop - which.start
+        assert count > 0 and len(seeds) % count == 0
+        if len(seeds) > room:
+            raise error
+        rows = [(which.start + i * count // len(seeds), seed) for i, seed in enumerate(seeds)]
+        return Part(torch.tensor(rows))
+
+    seeds = list(range(100, 112))
+    drawn = draw_in_parts(draw, prefixes, seeds)
+    assert drawn.rows.tolist() == [[i * prefixes // 12, seed] for i, seed in enumerate(seeds)]
+    said = capsys.readouterr().err
+    assert ("12 images at once do not fit in memory; drawing " in said) == (room < 12)
+    if room == 5:
+        assert asked == {1: [12, 6, 3, 3, 6, 3, 3], 2: [12, 6, 3, 3, 6, 3, 3], 3: [12, 4, 8, 4, 4]}[prefixes]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("another"), MemoryError(), ValueError("allocate memory")])
+def test_what_parts_cannot_help_is_raised(error, no_collection):
+    asked = []
+
+    def draw(which, seeds):
+        asked.append(len(seeds))
+        raise error
+
+    with pytest.raises(type(error)):
+        draw_in_parts(draw, 1, range(4))
+    assert asked == ([4, 2, 1] if isinstance(error, MemoryError) else [4])
+
+
 # Early pruning --------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +278,29 @@ def test_what_is_finished_is_what_the_full_run_draws(prior, batch_size, first_co
         torch.testing.assert_close(ours, whole[best], rtol=0, atol=1e-5)
     assert torch.equal(pruned.sampled.codes, full.codes[best])
     assert sum(counted) == codes_drawn(plan, 8, prior.length, given, batch_size)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize("room", [1, 4, 9])
+def test_pruning_out_of_memory_finishes_the_same_images(prior, prompts, room, no_collection, monkeypatch, capsys):
+    prefix, sampling = prior.prefix([*TEXTS, "a cat"][:prompts]), Sampling(guidance_scale=2)
+    plan, seeds = plan_pruning(6, prior.length, 0.5), [*range(6)] * prompts
+    whole = sample_pruned(prior, prefix, seeds, plan, sampling)
+    began = []
+
+    class Small(Drawing):
+        def __init__(self, prior, prefix, seeds, *arguments, **options):
+            began.append(len(seeds))
+            if len(seeds) > room:
+                raise torch.OutOfMemoryError
+            super().__init__(prior, prefix, seeds, *arguments, **options)
+
+    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", Small)
+    pruned = sample_pruned(prior, prefix, seeds, plan, sampling)
+    assert torch.equal(pruned.chosen, whole.chosen) and torch.equal(pruned.sampled.codes, whole.sampled.codes)
+    expected = {1: (6, "drawing 3 at once"), 2: (12, "drawing 6 and 6"), 3: (18, "drawing 6 and 12")}[prompts]
+    said = capsys.readouterr().err
+    assert (f"{expected[0]} images at once do not fit in memory; {expected[1]}" in said) == (room < 6 * prompts)
 
 
 def test_several_prompts_are_pruned_each_by_itself(prior):

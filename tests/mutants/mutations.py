@@ -39,6 +39,8 @@ class Nudge(Operator):  # type: ignore[misc]
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
         if is_number(node) and re.search(r"[.e]", node.value) and not node.value.lower().startswith("0x"):
+            if 0 < float(node.value) < 1e-4:  # only keeps away from a division by zero, or from rounding
+                return
             yield from [(node.start_pos, node.end_pos)] * 2
 
     def mutate(self, node: Any, index: int) -> Any:
