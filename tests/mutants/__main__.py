@@ -62,13 +62,8 @@ def main() -> int:
             jobs.append(job)
             words = f"{len(jobs)} {job.outcome:9} {job.seconds:5.1f} s"
             print(f"{words}  {_describe(job.mutant)}", file=sys.stderr, flush=True)
-    if arguments.json:
-        rows = [
-            {**job.mutant.place._asdict(), "before": job.mutant.before, "after": job.mutant.after}
-            | {"concern": job.concern.name, "outcome": job.outcome, "seconds": round(job.seconds, 1)}
-            for job in jobs
-        ]
-        arguments.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if arguments.json:
+                record(jobs, arguments.json)
     print(table(jobs, arguments.seed))
     caught = sum(job.outcome != "survived" for job in jobs)
     return 0 if caught >= 0.95 * len(jobs) else 1
@@ -297,6 +292,17 @@ def _run_tests(tests: list[list[str]], slot: Path) -> None:
 def _describe(mutant: Mutant | None) -> str:
     assert mutant is not None  # as only of unchanged sources
     return f"{mutant.place.file}:{mutant.place.line}\n      - {mutant.before}\n      + {mutant.after}"
+
+
+def record(jobs: list[_Job], file: Path) -> None:
+    """The outcome of each so far as JSON."""
+    rows = [
+        {**job.mutant.place._asdict(), "before": job.mutant.before, "after": job.mutant.after}
+        | {"concern": job.concern.name, "outcome": job.outcome, "seconds": round(job.seconds, 1)}
+        for job in jobs
+        if job.mutant is not None
+    ]
+    file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def table(jobs: list[_Job], seed: int) -> str:
