@@ -36,7 +36,7 @@ def measure(candidates: int) -> dict[str, tuple[float, float]]:
         before, start = _children(), time.perf_counter()
         subprocess.run([*command, "--report", str(report)], check=True, capture_output=True, env=environment)
         total = _children() - before, time.perf_counter() - start
-        parts = {name: tuple(both) for name, both in json.loads(report.read_text()).items()}
+        parts = {name: tuple(both) for name, both in json.loads(report.read_text(encoding="utf-8")).items()}
     rest = tuple(whole - sum(both[i] for both in parts.values()) for i, whole in enumerate(total))
     return {**parts, "the rest": (rest[0], rest[1]), "in all": total}
 
@@ -65,7 +65,7 @@ def run_command(candidates: int, report: Path) -> None:
     keep = str(min(4, candidates))
     with tempfile.TemporaryDirectory() as folder:
         code = cli.main(["generate", "-n", keep, "--candidates", str(candidates), "-o", folder, "--", PROMPT])
-    report.write_text(json.dumps(parts))
+    report.write_text(json.dumps(parts), encoding="utf-8")
     sys.exit(code)
 
 

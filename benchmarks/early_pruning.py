@@ -81,7 +81,7 @@ def main() -> None:
     figures = curve(drawn, arguments.candidates, pipeline.prior.length, arguments.clip)
     print_table(figures)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def look(pipeline: TextToImagePipeline, prompt: str, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,7 @@ def start(name: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    worker = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    worker = subprocess.Popen(command, encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert worker.stdout is not None
     if worker.stdout.readline() != "ready\n":
         raise SystemExit(f"{name} did not start")
@@ -301,8 +301,8 @@ def report(
             "bandwidth": bandwidth, "rate": rate, "rate_bfloat16": rate_bfloat16, "images_per_second": speeds,
             "seconds": seconds, "peak_bytes": memory,
         }  # fmt: skip
-        arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-        arguments.out.with_suffix(".svg").write_text(plot(arguments.rows, speeds))
+        arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        arguments.out.with_suffix(".svg").write_text(plot(arguments.rows, speeds), encoding="utf-8")
 
 
 def plot(rows: list[int], speeds: dict[str, dict[int, float]]) -> str:

@@ -140,7 +140,7 @@ def peak_memory(arguments: argparse.Namespace, name: str, work: str, batch: int,
 def resident_peak() -> int:
     """KiB at most so far. On Linux of this program alone: what getrusage says includes the process that started it."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])

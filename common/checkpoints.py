@@ -1,36 +1,63 @@
-"""Checkpoints of other projects: named tensors in safetensors files or torch pickles, read without running any code."""
+"""Checkpoints of other projects: named tensors in safetensors files or torch pickles, read without running any code.
 
-import os
+What the files are is told by their content, not by their names; see containers.py for what they come in, pickles.py for
+how they are read, averages.py for which weights are taken where there are two kinds.
+"""
+
 import re
-import tarfile
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from common.averages import chosen
+from common.containers import (
+    by_checkpoint,
+    is_checkpoint,
+    matching,
+    refuse_other_zip,
+    refuse_stand_in,
+    states,
+    unpacked,
+    whole,
+)
 from common.errors import InputError
-from common.pickles import Inert, module_tensors, read_pickle
+from common.files import read_json_object, read_yaml
+from common.pickles import Inert, module_tensors, most_bytes, read_pickle
+
+__all__ = [
+    "Weights",
+    "by_checkpoint",
+    "find_files",
+    "mentions",
+    "need",
+    "one_checkpoint",
+    "pick",
+    "pick_settings",
+    "read_settings",
+    "read_tensors",
+    "section",
+    "unpacked",
+]
 
 WRAPPERS = ("model", "module", "state_dict")  # entries that training frameworks keep weights under, in the order tried
+AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema", "ema_model")  # and those of their moving average
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def find_files(sources: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
     """The files among `sources`, and of each folder among them those of the first pattern that any file matches."""
     found = []
     for source in sources:
-        if source.is_dir():
-            matches = (sorted(source.glob(pattern)) for pattern in patterns)
-            found += next((files for files in matches if files), [])
-        elif source.is_file():
+        if is_checkpoint(source):
             found.append(source)
+        elif source.is_dir():
+            matches = (matching(source, pattern) for pattern in patterns)
+            found += next((files for files in matches if files), [])
         else:
             raise InputError(f"{source} is neither a file nor a folder; give the checkpoint's path")
     return found
@@ -40,11 +67,7 @@ def pick(sources: Sequence[Path], *patterns: str) -> Path | None:
     """The first file of the first of `patterns` that any file matches: by its name, or by its path below a folder."""
     for pattern in patterns:
         for source in sources:
-            if source.is_dir():
-                found = sorted(path for path in source.glob(pattern) if path.is_file())
-            else:
-                found = [source] if fnmatch(source.name, pattern.rpartition("/")[2]) else []
-            if found:
+            if found := matching(source, pattern):
                 return found[0]
     return None
 
@@ -58,45 +81,46 @@ def need(sources: Sequence[Path], what: str, *patterns: str) -> Path:
     return found
 
 
-@contextmanager
-def unpacked(sources: Sequence[Path]) -> Iterator[list[Path]]:
-    """`sources` with a folder of its content in place of each tar archive, for as long as the block runs.
+def one_checkpoint(found: Sequence[Path], what: str) -> Path:
+    """The only checkpoint among `found`; shards of one count as one. Raises InputError that starts with `what`."""
+    one = by_checkpoint(found)
+    if len(one) != 1:
+        listed = ", ".join(path.name for path in one[:8]) or "none"
+        raise InputError(f"{what}, and {listed} was found")
+    return one[0]
 
-    The folders lie beside their archives where that can be written to, since they can be large.
+
+def pick_settings(paths: Sequence[Path], describes: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The settings in the one of several YAML files that says something of the model; empty where there is none.
+
+    Training tools write their own settings beside the project's. `describes` gives what a file says of the model, or
+    something empty. Raises InputError when files say different things, or when the only one cannot be read.
     """
-    with ExitStack() as stack:
-        places = []
-        for source in sources:
-            if source.name.endswith((".tar", ".tar.gz", ".tgz")) and source.is_file():
-                beside = source.parent if os.access(source.parent, os.W_OK) else None
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacked.", dir=beside))
-                try:
-                    with tarfile.open(source) as archive:
-                        archive.extractall(folder, filter="data")
-                except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-                    raise InputError(f"{source} is not a whole archive ({error}); download it again") from None
-                places.append(Path(folder))
-            else:
-                places.append(source)
-        yield places
-
-
-def read_tensors(paths: Iterable[Path], keep: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors that `keep` takes of all `paths` by their names; of a training checkpoint the model's weights."""
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file; give a checkpoint's path")
-        found |= _safetensors(path, keep) if path.suffix == ".safetensors" else _pickled(path, keep)
-    return found
+    read: list[tuple[Path, dict[str, Any]]] = []
+    broken: list[InputError] = []
+    for path in dict.fromkeys(paths):
+        try:
+            read.append((path, read_settings(path)))
+        except InputError as error:
+            broken.append(error)
+    telling = [(path, settings) for path, settings in read if describes(settings)]
+    if not telling:
+        if broken:
+            raise broken[0]
+        return {}
+    others = [path for path, settings in telling[1:] if describes(settings) != describes(telling[0][1])]
+    if others:
+        listed = ", ".join(str(path) for path in (telling[0][0], *others))
+        raise InputError(f"{listed} describe different models; give the checkpoint and the one file that belongs to it")
+    return telling[0][1]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    refuse_stand_in(path)
+    if path.suffix == ".json":
+        return read_json_object(path, "get the file again")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold keys and values, got {type(content).__name__}")
     return content
@@ -108,6 +132,125 @@ def section(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
     for key in keys:
         inner = inner.get(key) if isinstance(inner, dict) else None
     return inner if isinstance(inner, dict) else {}
+
+
+def mentions(path: Path, pattern: re.Pattern[str]) -> bool:
+    """Whether a pickled checkpoint has, outside of its tensors, a text or a class whose name `pattern` finds."""
+    try:
+        if not path.is_file() or _is_safetensors(path):
+            return False
+        content = read_pickle(path, tensors=False)
+    except InputError:  # a YAML file, or one that is refused where its tensors are read
+        return False
+    waiting = [value for key, value in content.items() if key not in WRAPPERS] if isinstance(content, dict) else []
+    seen: set[int] = set()
+    while waiting and len(seen) < 100_000:
+        value = waiting.pop()
+        if isinstance(value, str) and pattern.search(value):
+            return True
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Inert):
+            if pattern.search(value.kind()):
+                return True
+            waiting += [value.state, value.entries, *value.arguments]
+        elif isinstance(value, type) and issubclass(value, Inert) and pattern.search(value.kind()):
+            return True
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return False
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(paths: Iterable[Path], keep: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors that `keep` takes of all `paths` by their names; of a training checkpoint the model's weights.
+
+    Of a shard all the others are read too. Warns (InputWarning) where there are two kinds of weights and nobody said
+    which. Raises InputError when a file is damaged, is something else, or has tensors far larger than itself.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in whole(path)))
+    raw: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
+    for file in files:
+        weights, averaged = _read(file if file.is_file() else states(file))
+        raw |= weights
+        average |= averaged
+    where = files[0].name
+    kept = {name: tensor for name, tensor in chosen(raw, average, where).items() if keep(name)}
+    size = sum(file.stat().st_size if file.is_file() else states(file).stat().st_size for file in files)
+    asked = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in kept.values())
+    if asked > most_bytes(size):
+        raise InputError(
+            f"{where} has {size:,} bytes but tensors of {asked:,}: it repeats what it holds; download it again "
+            "or save its weights anew"
+        )
+    return kept
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights in a file and their moving average, each empty where there is none."""
+    if _is_safetensors(path):
+        return _safetensors(path), {}
+    refuse_other_zip(path)
+    content = read_pickle(path)
+    raw = _named(content, WRAPPERS)
+    average = _named(content, AVERAGES, needs_entry=True)
+    if not raw and not average:
+        kinds = sorted({value.kind() for value in _inside(content) if isinstance(value, Inert)})
+        told = f" but objects of {', '.join(kinds[:3])}" if kinds else ""
+        raise InputError(f"{path} holds no named tensors{told}; give a checkpoint with weights (a state_dict)")
+    return raw, average
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the content: the length of a header and its first brace. By the name where the content is no zip file."""
+    refuse_stand_in(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    begins = head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return begins or (path.suffix == ".safetensors" and head[:2] != b"PK")
+
+
+def _inside(content: Any) -> list[Any]:
+    """An object and what it has inside, two levels down."""
+    found = [content]
+    for value in [content, *(content.values() if isinstance(content, dict) else ())]:
+        found += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return found[:10_000]
+
+
+def _named(content: Any, entries: Sequence[str], needs_entry: bool = False, depth: int = 0) -> dict[str, Tensor]:
+    """The tensors of a dictionary or of a pickled module, in or below the first of `entries` that has any."""
+    if depth > 4:  # it may be inside itself
+        return {}
+    if isinstance(content, dict):
+        for entry in entries:
+            inner = content.get(entry)
+            if isinstance(inner, dict | Inert) and (found := _named(inner, WRAPPERS, depth=depth + 1)):
+                return found
+    if needs_entry:
+        return {}
+    if isinstance(content, Inert):
+        return module_tensors(content) or _named(content.entries, entries, depth=depth + 1)
+    if isinstance(content, dict):
+        return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {}
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is not a whole safetensors file ({reason}); download it again") from None
 
 
 class Weights:
@@ -151,7 +294,11 @@ class Weights:
         _refuse(f"{self.where} has, beyond what this family knows,", sorted(self.tensors.keys() - set(needed)))
         made = {}
         for ours, names in wanted.items():
-            tensor = torch.cat([self.tensors[name].float() for name in names])
+            parts = [self._finite(name) for name in names]
+            if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+                listed = ", ".join(f"'{name}' {tuple(self.tensors[name].shape)}" for name in names)
+                raise InputError(f"{self.where}: {listed} do not fit together; check that all are of one checkpoint")
+            tensor = torch.cat(parts)  # a copy, so that the file need not stay mapped
             if tensor.ndim == 2 and len(shapes[ours]) == 4:  # a linear layer over channels is a 1x1 convolution
                 tensor = tensor[:, :, None, None]
             if tuple(tensor.shape) != shapes[ours]:
@@ -162,48 +309,23 @@ class Weights:
             made[ours] = tensor.contiguous()
         return made
 
+    def _finite(self, name: str) -> Tensor:
+        """A tensor as float32. Raises InputError when a number in it is none, or too large for that."""
+        tensor = self.tensors[name]
+        if tensor.is_complex():
+            raise InputError(f"{self.where}: '{name}' holds complex numbers; check the family and the file")
+        tensor = tensor.float()
+        if tensor.numel() and not tensor.is_meta:
+            lowest, highest = torch.aminmax(tensor)  # one pass; a NaN anywhere is both
+            if not (lowest.isfinite() and highest.isfinite()):
+                raise InputError(
+                    f"{self.where}: the weight '{name}' is not finite: the training had failed or the file is damaged; "
+                    "give another checkpoint"
+                )
+        return tensor
+
 
 def _refuse(what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         raise InputError(f"{what} {len(names)} weights: {', '.join(names[:8])}{more}; check the family and the file")
-
-
-def _safetensors(path: Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys() if keep(name)}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); download it again") from None
-
-
-def _pickled(path: Path, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    content = _unpickled(path)
-    if isinstance(content, Inert):
-        content = module_tensors(content)
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no named tensors; give a checkpoint with weights")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor) and keep(str(name))}
-
-
-def _unpickled(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as file:
-            if any(name.endswith("constants.pkl") for name in file.namelist()):
-                raise InputError(f"{path} is a TorchScript program; give the weights as a plain checkpoint")
-    elif tarfile.is_tarfile(path):
-        raise InputError(f"{path} is an archive; unpack it and give the folder")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # damaged, or it names classes that torch does not know
-        if zipped:
-            return read_pickle(path)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise InputError(f"{path} is damaged or not a torch checkpoint ({reason}); download it again") from None

@@ -3,21 +3,26 @@
 The same models validate the `config.json` beside weights. Unknown keys are errors that suggest the nearest name.
 """
 
-import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from common.errors import InputError, nearest
+from common.files import parse_yaml, read_json, read_yaml
+from common.paths import expand, is_file
 from common.writing import UNFINISHED
 
 
 class Config(BaseModel):
-    """Base of every configuration: immutable, and no key is accepted that is not declared."""
+    """Base of every configuration: immutable, and no key is accepted that is not declared. `~` in paths is expanded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _expand_paths(cls, value: Any) -> Any:
+        return expand(value) if isinstance(value, Path) else value
 
 
 class Origin(Config):
@@ -28,6 +33,7 @@ class Origin(Config):
     files: tuple[str, ...]  # their names
     code_licence: str
     weights_licence: str
+    weights: Literal["model", "ema"] | None = None  # which were taken of a file that has both
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -38,13 +44,10 @@ def read_recipe(kind: type[C], path: str | Path, overrides: list[str] | None = N
 
     Raises InputError: no such file, not YAML, an unknown key (with the nearest name), a value out of range.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = expand(path)
+    if not is_file(path):
         raise InputError(f"{path} is not a file; give the path of a YAML recipe")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold keys and values, got {type(values).__name__}")
     for override in overrides or []:
@@ -55,13 +58,9 @@ def read_recipe(kind: type[C], path: str | Path, overrides: list[str] | None = N
 def read_config(kind: type[C], folder: str | Path) -> C:
     """`folder/config.json` as a `kind`. Raises InputError when it is missing, broken or has unknown keys."""
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{folder} has no config.json; give a folder written by save_pretrained")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore the file") from None
-    return validate(kind, values, where=str(path))
+    return validate(kind, read_json(path), where=str(path))
 
 
 def validate(kind: type[C], values: Any, where: str) -> C:
@@ -94,10 +93,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"the override '{override}' goes below '{parent}', which is a plain value")
         values = inner
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"the value of the override '{override}' is not valid YAML") from None
+    values[last] = parse_yaml(text, f"the value of the override '{override}'")
 
 
 def _field_names(kind: type[BaseModel]) -> list[str]:

@@ -188,17 +188,21 @@ def step_loader(steps: Dataset[B], first: int, last: int, num_workers: int = 0) 
     )
     batches = iter(loader)
     for _ in range(first, last):
+        failure = ""
         try:
             batch = next(batches)
         except InputError as error:  # from a worker it comes with that worker's traceback in front
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
+            failure = str(error).rpartition("InputError: ")[2].strip()
+        except (RuntimeError, OSError, EOFError) as error:  # the last two of a connection to a process that is gone
+            if not num_workers or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):
                 raise
-            raise InputError(
+            failure = (
                 f"a loader process died or gave no batch within {LOADER_PATIENCE} s, for want of memory or shared "
                 "memory (/dev/shm) perhaps; use fewer run.num_workers, or 0"
-            ) from None
+            )
+        if failure:
+            del batches  # with its workers: torch raises in whatever runs later when it hears of one that died
+            raise InputError(failure)
         yield batch
 
 

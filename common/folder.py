@@ -180,44 +180,46 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _sidecar_rows(folder: Path, left_out: list[str], split: str) -> Iterator[_Row]:
-    can_avif = features.check("avif")
-    for path in _walk(folder):
-        suffix, name = path.suffix.lower(), path.relative_to(folder)
+    can_avif = "avif" in features.get_supported()  # `check` warns of what an older Pillow has not heard of
+    names = _walk(folder)
+    there = set(names)
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        suffix, path = suffix.lower(), folder / name
         if suffix in OTHER_PICTURES or (suffix == ".avif" and not can_avif):
             left_out.append(f"{path} ({suffix} is not read)")
         elif suffix in SUFFIXES:
-            sidecar = path.with_suffix(".txt")
-            text = read_lines(sidecar) if sidecar.is_file() else []
-            if not text and _ours(path):
+            text = read_lines(folder / f"{stem}.txt") if f"{stem}.txt" in there else []
+            if suffix == ".png" and not text and _ours(path):
                 left_out.append(f"{path} (written by Tessera)")
                 continue
-            yield _Row(str(path), folder, {"file_name": name.as_posix(), "text": text}, split)
+            yield _Row(str(path), folder, {"file_name": name, "text": text}, split)
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files below `folder` through links too, but for hidden ones, in the order of their paths."""
-    found: list[Path] = []
+def _walk(folder: Path) -> list[str]:
+    """The names of all files below `folder`, with / between folders, through links too, but for hidden ones; in the
+    order of their folders and names."""
+    found: list[str] = []
 
-    def into(place: Path, above: frozenset[tuple[int, int]]) -> None:
-        entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        for entry in entries:
-            if _hidden(entry.name):
-                continue
-            path = place / entry.name
-            if entry.is_dir():
-                status = os.stat(path)
-                own = (status.st_dev, status.st_ino)
-                if own not in above:  # a link to a folder that it lies in would have no end
-                    into(path, above | {own})
-            elif entry.is_file():
-                found.append(path)
+    def into(place: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if _hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    status = os.stat(entry.path)
+                    own = (status.st_dev, status.st_ino)
+                    if own not in above:  # a link to a folder that it lies in would have no end
+                        into(entry.path, f"{prefix}{entry.name}/", above | {own})
+                elif entry.is_file():
+                    found.append(prefix + entry.name)
 
     status = folder.stat()
     try:
-        into(folder, frozenset({(status.st_dev, status.st_ino)}))
+        into(str(folder), "", frozenset({(status.st_dev, status.st_ino)}))
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {error.strerror}; mend its permissions") from None
-    return sorted(found)
+    return sorted(found, key=lambda name: name.split("/"))
 
 
 def _ours(path: Path) -> bool:

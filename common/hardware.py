@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def has_accelerator() -> bool:
+    """Whether there is a device beside the CPU. Unless told, accelerate takes processes on CPUs alone for one each."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the hardware has bfloat16 matrix arithmetic; a CPU without it takes a hundred times as long."""
     if torch.cuda.is_available():
@@ -15,6 +20,8 @@ def multiplies_bfloat16() -> bool:
 
 
 def cpu_multiplies_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.6, which asks x86 processors alone
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

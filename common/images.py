@@ -1,5 +1,6 @@
 """Pictures between files, PIL and tensors. Everywhere in this project images are float RGB in [-1, 1], (B, 3, H, W)."""
 
+import errno
 import json
 import warnings
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import InputError, InputWarning
+from common.errors import InputError, InputWarning, WriteError
 from common.files import parse_json
+from common.paths import expand
 from common.writing import new_file
 
 METADATA_KEY = "tessera"  # the PNG text chunk that holds a picture's origin as JSON, first behind the header
@@ -23,7 +25,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def open_image(path: str | Path) -> Image.Image:
     """The picture at `path` as RGB, turned as its EXIF says, transparency laid on white. InputError if broken."""
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # PIL clips these to 8 bits instead of scaling them
             image = _to_8_bits(image, path)
@@ -34,12 +36,13 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened_image(path: str | Path) -> Iterator[Image.Image]:
     """What PIL reads at `path`, while it is worked on.
 
     Raises InputError for whatever PIL raises, because damaged files bring out almost any exception in its decoders.
     What it warns of becomes an InputWarning with the file's name; a large picture alone is nothing to warn of.
     """
+    path = expand(path)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -93,7 +96,7 @@ def read_map(path: str | Path, size: int, channels: int = 3) -> Tensor:
 
 def _labels(path: str | Path, size: int, count: int) -> np.ndarray:
     """(size, size) int64 in [0, count)."""
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         if opened.mode not in ("L", "P", "I", "I;16"):
             raise InputError(
                 f"{path} is a picture of mode {opened.mode}; a segmentation map has one channel, whose values are "
@@ -108,7 +111,7 @@ def _labels(path: str | Path, size: int, count: int) -> np.ndarray:
 def open_mask(path: str | Path) -> Image.Image:
     """The mask at `path` in gray: white is drawn anew, black stays. InputError if broken or partly transparent."""
     image = open_image(path)
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise InputError(
                 f"{path} has transparent parts, which may mean either; save the mask as white (drawn anew) and black "
@@ -157,6 +160,8 @@ def save_png(image: Image.Image, path: Path, origin: dict[str, Any] | None = Non
             # A colour profile would stand before our chunk. Level 3 takes a third of the time of 6, a tenth more bytes.
             image.save(part, format="PNG", pnginfo=info, icc_profile=None, compress_level=3)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(f"{path} could not be written: the disk is full; make room and start again") from None
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder") from None
 
 
@@ -174,7 +179,7 @@ def written_by_tessera(path: str | Path) -> bool:
 
 def read_origin(path: str | Path) -> dict[str, Any]:
     """The origin that `save_png` wrote. Raises InputError when the picture has none."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         text = getattr(image, "text", {}).get(METADATA_KEY)
     remedy = "give a PNG as tessera generate wrote it"
     origin = {} if text is None else parse_json(text, f"the origin in {path}", remedy)

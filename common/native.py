@@ -71,7 +71,7 @@ def _built(source: Path, what: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             made = Path(place) / library.name
             command = [*compiler.split(), *FLAGS, *LINK, "-o", str(made), str(source)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
                 raise Unavailable(f"{compiler} cannot build the {what} ({reason.strip()})")
@@ -88,7 +88,7 @@ def cache_folder() -> Path:
 def _processor() -> str:
     """What -march=native depends on: a cache folder can be shared by different machines."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return platform.machine() + line
     except OSError:

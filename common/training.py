@@ -36,7 +36,7 @@ from common.config import Config
 from common.data import Unreadable, step_loader
 from common.errors import InputError, WriteError
 from common.files import parse_yaml, read_text, split_lines
-from common.hardware import keep_memory, multiplies_bfloat16
+from common.hardware import has_accelerator, keep_memory, multiplies_bfloat16
 from common.images import contact_sheet, save_png, to_pil
 from common.lock import FolderLock
 from common.muon import Muon
@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "run.num_workers", "run.compile", "activation_checkpointing", "prompts", "sampling", "data.validation_split",
     "loss.decoder_only_from",
 )  # fmt: skip
+TRAINED = "what is trained"  # in the identity of a run: the stage
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
 
@@ -105,7 +106,9 @@ class Run:
         self.config, self.step = config, 0
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.bfloat16 else "no", step_scheduler_with_optimizer=False
+            mixed_precision="bf16" if self.bfloat16 else "no",
+            cpu=not has_accelerator(),
+            step_scheduler_with_optimizer=False,
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         if config.batch_size < self.accelerator.num_processes:
@@ -129,7 +132,8 @@ class Run:
         self._found = self._newest_checkpoint()
         if self._found is not None:
             _refuse_changes(self._found.get("identity"), self.identity, self.folder)
-        self._writer = self._start_folder(recipe) if self.is_main else None
+        self._recipe = recipe
+        self._writer = self._start_folder() if self.is_main else None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -167,6 +171,9 @@ class Run:
         `steps[i]` must be a pure function of i. A batch may have a field `skipped` with sentences to log.
         """
         self._resume()
+        if self.is_main:  # not before the checkpoint has accepted it
+            text = yaml.safe_dump(self._recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            write_text(self.folder / "recipe.yaml", text)
         first = self.step
         self._seed()
         start, shown = time.perf_counter(), first
@@ -353,8 +360,8 @@ class Run:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _start_folder(self, recipe: Config) -> Any:
-        """Makes the folders and writes the accepted recipe; returns TensorBoard's writer, where it is installed."""
+    def _start_folder(self) -> Any:
+        """Makes the folders; returns TensorBoard's writer, where that is installed."""
         try:
             for name in ("checkpoints", "samples", "logs"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -362,8 +369,6 @@ class Run:
             raise InputError(
                 f"cannot write the run folder {self.folder}: {error.strerror}; change run.output"
             ) from None
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(self.folder / "recipe.yaml", text)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # the extra `track` brings it
@@ -428,7 +433,7 @@ class Run:
 
 def _identity(recipe: Config, identities: Mapping[str, str]) -> dict[str, str]:
     """What goes into a run, by the keys of its recipe: values as JSON, and for paths what they lead to."""
-    found: dict[str, str] = {}
+    found = {TRAINED: type(recipe).__name__.removesuffix("Recipe").lower()}
 
     def walk(prefix: str, config: BaseModel) -> None:
         for name in type(config).model_fields:
@@ -463,7 +468,7 @@ def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
     say; keys that either side does not know are not compared, so that a release may have more of them."""
     if not isinstance(before, dict):
         return
-    for key in sorted(before.keys() & now.keys()):
+    for key in sorted(before.keys() & now.keys(), key=lambda key: (key != TRAINED, key)):
         if before[key] != now[key]:
             raise InputError(
                 f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder} were written and is "

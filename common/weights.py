@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from pydantic import BaseModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.errors import InputError
+from common.files import read_json_object
+from common.paths import expand, is_folder
 from common.writing import replacing, write_text
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = WHOLE, INDEX = ("model.safetensors", "model.safetensors.index.json")
 
 
 def save_pretrained(
@@ -56,12 +59,33 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise InputError(f"{folder} has no model.safetensors; restore the file or write the folder again")
     try:
-        load_torch_model(model, folder, strict=True)
+        if (folder / WHOLE).is_file():
+            load_torch_model(model, folder, strict=True)
+        else:
+            _load_shards(model, folder)
     except Exception as error:  # safetensors, json and torch each raise their own kinds here
         reason = " ".join(str(error).split())
         raise InputError(f"the weights in {folder} cannot be loaded: {reason[:300]}") from error
     refuse_not_finite(model.state_dict(), str(folder))
     model.eval()
+
+
+def _load_shards(model: nn.Module, folder: Path) -> None:
+    """Fills `model` file by file. huggingface_hub 0.34 to 0.36 would ask each of the files for all of the weights."""
+    files = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{INDEX} has no weight_map")
+    missing = set(model.state_dict())
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{INDEX} names {name}, which is no safetensors file of the folder")
+        shard = load_file(folder / name)
+        if unexpected := sorted(shard.keys() - missing):
+            raise ValueError(f"{name} has the weight {unexpected[0]}, which is not the model's or is there twice")
+        model.load_state_dict(shard, strict=False)  # a shape that differs is an error all the same
+        missing -= shard.keys()
+    if missing:
+        raise ValueError(f"the weight {min(missing)} is missing")
 
 
 def refuse_not_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -96,8 +120,8 @@ def find_folder(name: str | Path) -> Path:
 
     Raises InputError when `name` is neither, or when the hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if is_folder(expand(name)):
+        return expand(name)
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise InputError(f"'{name}' is neither an existing folder nor a hub name like 'owner/model'")

@@ -142,6 +142,21 @@ def refuse_data_folder(output: Path, data: Path, key: str) -> None:
         raise InputError(f"{key}: {output} is the data folder; choose another folder, it can be one inside")
 
 
+def own_folder(folder: Path, what: str) -> None:
+    """Makes a folder that will hold nothing but `what` (one word), of which the writer may replace anything.
+
+    A hidden file says so from then on. Raises InputError when the folder holds something and does not say so.
+    """
+    mark = folder / f".tessera-{what}"
+    if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+        raise InputError(f"{folder} is not empty and was not made for {what}; choose another folder or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        _refuse(folder, error)
+
+
 def is_ours(path: Path) -> bool:
     """Whether Tessera wrote the file at `path`, by its content."""
     try:
@@ -234,13 +249,22 @@ def _stale(target: Path, files: list[Path], known: Mapping[str, str]) -> list[Pa
     new, stale = set(files), []
     for folder in sorted({name.parent for name in files} | {Path(name).parent for name in known}):
         place = target / folder
+        shards = _shards(place)
         for path in sorted(place.iterdir()) if place.is_dir() else []:
             inner = folder / path.name
-            own = any(fnmatch(path.name, pattern) for pattern in NAMES) or inner.as_posix() in known
+            own = path.name in NAMES or path.name in shards or inner.as_posix() in known
             if own and inner not in new:
                 _refuse_unless_ours(path, known.get(inner.as_posix()))
                 stale.append(inner)
     return stale
+
+
+def _shards(folder: Path) -> set[str]:
+    """The weight files that the index in `folder` names."""
+    try:
+        return set(_object(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return set()
 
 
 def _settle(scratch: Path, target: Path, files: list[Path], stale: list[Path]) -> None:

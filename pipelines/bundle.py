@@ -25,6 +25,7 @@ from pydantic import ConfigDict, Field
 from common.config import Config, validate
 from common.errors import InputError, nearest
 from common.files import read_json
+from common.paths import expand, is_file
 from common.text import TextTokenizer
 from common.weights import find_folder, fingerprint
 from common.writing import file_hash, refuse_foreign, replacing, write_json
@@ -119,8 +120,8 @@ def find_bundle(name: str | Path) -> Path:
 
     A folder of that name that is not a bundle does not hide a shipped one. Raises InputError when there is none.
     """
-    folder = Path(name)
-    if os.path.isfile(folder / INDEX):
+    folder = expand(name)
+    if is_file(folder / INDEX):
         return folder
     shipped = shipped_bundles()
     if str(name) in shipped:

@@ -1,27 +1,31 @@
 """The command `tessera`. Results go to standard output, logs and progress bars to standard error.
 
-Exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what was wrong and what to do), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong input (one sentence says what was wrong and what to do), 130 interrupted,
+143 ended by SIGTERM.
 Nothing heavy is imported before a command runs, so `tessera --help` answers at once.
 """
 
+import codecs
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from common.errors import InputError, InputWarning
+from common.errors import InputError, InputWarning, WriteError, reason
+from common.paths import expand
 
 EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
@@ -33,6 +37,14 @@ EXTRAS = {  # packages that only a few need, and the extra that brings each
     "torchmetrics": "metrics",
     "uharfbuzz": "emoji",
 }
+
+
+# Raised where a file is read, they mean that the file is damaged or cannot be had, even where the reader forgot to say
+# so in its own words: by the module or the package that their class is from, and by their name.
+OF_BAD_FILES = "json yaml zipfile tarfile pickle _pickle zlib struct _csv PIL safetensors_rust".split()
+BAD_FILES = ("EOFError", "RecursionError", "MemoryError", "PanicException", "UnicodeDecodeError", "UnicodeEncodeError")
+BAD_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning, ImportWarning)
 
 
 def _group(help: str) -> typer.Typer:
@@ -56,32 +68,110 @@ Recipe = Annotated[Path, typer.Argument(help="YAML recipe.")]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; whatever goes wrong is one line on standard error."""
+    _write_what_cannot_be_written()
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+        with warnings.catch_warnings(), _ended_by_sigterm():
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(None if arguments is None else list(arguments), prog_name="tessera", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except _Terminated:
+        return 143
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except InputError as error:
-        _show_traceback()
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """One line about what stopped the command; returns the exit code."""
+    if hasattr(error, "format_message"):  # typer's own: an unknown command, a missing argument, a wrong number
+        return _complain("error", _usage(error), 2)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        need = f"this needs the package {error.name}; pip install 'tessera[{EXTRAS[error.name]}]'"
+        return _complain("failed", need, 1)
+    shown = _show_traceback()
+    if isinstance(error, InputError):
         return _complain("error", str(error), 2)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own: an unknown command, a missing argument, a wrong number
-            return _complain("error", _usage(error), 2)
-        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-            need = f"this needs the package {error.name}; pip install 'tessera[{EXTRAS[error.name]}]'"
-            return _complain("failed", need, 1)
-        hint = "" if _show_traceback() else " (TESSERA_DEBUG=1 shows the traceback)"
-        return _complain("failed", f"{type(error).__name__}: {error}{hint}", 1)
+    if isinstance(error, WriteError):
+        return _complain("failed", str(error), 1)
+    if _is_bad_file(error):
+        return _complain("error", _of_bad_file(error), 2)
+    hint = "" if shown else " (TESSERA_DEBUG=1 shows the traceback)"
+    return _complain("failed", f"{type(error).__name__}: {reason(error, 1000)}{hint}", 1)
 
 
-def _show_warning(usual: Any, message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Our own warnings as one line; those of others as usual."""
+def _is_bad_file(error: BaseException) -> bool:
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, BAD_PATHS) or package in OF_BAD_FILES or type(error).__name__ in BAD_FILES
+
+
+def _of_bad_file(error: BaseException) -> str:
+    file = getattr(error, "filename", None) or _file_at_fault(error) or "a file"
+    what = getattr(error, "strerror", None) or f"{type(error).__name__}: {reason(error)}"
+    return f"{file} cannot be read ({what}); give another file, or restore it"
+
+
+def _file_at_fault(error: BaseException) -> Path | None:
+    """The path that the innermost of our functions worked on when the error came, which knows no file itself."""
+    found = None
+    here = str(Path(__file__).resolve().parent.parent)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
+        if name.startswith(here) and "site-packages" not in name[len(here) :]:
+            paths = [value for value in frame.f_locals.values() if isinstance(value, Path)]
+            found = paths[-1] if paths else found
+    return found
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """A warning as one line, without the place in the code; those of libraries to developers with TESSERA_DEBUG=1."""
     if issubclass(category, InputWarning):
         _complain("warning", str(message), 0)
-    else:
-        usual(message, category, *place)
+    elif not issubclass(category, FOR_DEVELOPERS) or _debugging():
+        _complain("warning", reason(message) if isinstance(message, Warning) else str(message), 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: what is being written is given up, and what was begun for it removed, on the way out."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM inside raises `_Terminated`, once; where a command has its own way with it, that one counts."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _write_what_cannot_be_written() -> None:
+    """Characters that the terminal or the pipe has no code for are written as escapes; no work is lost for them."""
+
+    def escape(error: UnicodeError) -> tuple[bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        # A byte of a file's name that the locale could not read is written as it is.
+        coded = (
+            os.fsencode(one) if "\udc80" <= one <= "\udcff" else one.encode("ascii", "backslashreplace")
+            for one in error.object[error.start : error.end]
+        )
+        return b"".join(coded), error.end
+
+    codecs.register_error("tessera", escape)
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors="tessera")  # type: ignore[union-attr]
 
 
 def _complain(kind: str, message: str, code: int) -> int:
@@ -95,11 +185,44 @@ def _usage(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see '{command} --help'"
 
 
+def _debugging() -> bool:
+    return os.environ.get("TESSERA_DEBUG", "0") not in ("", "0")
+
+
 def _show_traceback() -> bool:
-    if os.environ.get("TESSERA_DEBUG", "0") in ("", "0"):
+    if not _debugging():
         return False
     traceback.print_exc()
     return True
+
+
+def _command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a command to a group. What it is given as a `Path` is expanded, and text that the locale could not read is
+    read as UTF-8."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(**given: Any) -> None:
+            try:
+                function(**{name: _as_meant(value) for name, value in given.items()})
+            except EOFError as error:  # click would take it for the end of what is typed
+                raise InputError(_of_bad_file(error)) from error
+
+        group.command(name)(run)
+        return function
+
+    return add
+
+
+def _as_meant(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_meant(one) for one in value]
+    if isinstance(value, Path):
+        return expand(value)
+    if isinstance(value, str) and any("\udc80" <= character <= "\udcff" for character in value):
+        with suppress(UnicodeError):
+            return os.fsencode(value).decode("utf-8")
+    return value
 
 
 @contextmanager
@@ -144,7 +267,7 @@ class PruneBy(StrEnum):
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-@app.command()
+@_command(app)
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several are fine.")
@@ -267,7 +390,7 @@ def generate(
     _show_generated(report, as_json)
 
 
-@app.command()
+@_command(app)
 def rerank(
     prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
     images: Annotated[list[Path], typer.Argument(help="Picture files.")],
@@ -301,7 +424,7 @@ class Trainable(StrEnum):
     text_tokenizer = "text-tokenizer"
 
 
-@app.command()
+@_command(app)
 def train(part: Trainable, recipe: Recipe, overrides: Overrides = None) -> None:
     """Train one part as its recipe says; started again, it goes on where it stopped."""
     match part:
@@ -320,7 +443,7 @@ class Finetunable(StrEnum):
     prior = "prior"
 
 
-@app.command()
+@_command(app)
 def finetune(
     part: Annotated[Finetunable, typer.Argument(help="The part to teach.")], recipe: Recipe, overrides: Overrides = None
 ) -> None:
@@ -330,7 +453,7 @@ def finetune(
     print(run(recipe, overrides or []))
 
 
-@app.command()
+@_command(app)
 def merge(
     model: Annotated[str, typer.Argument(help="A bundle, or a prior's folder.")],
     loras: LoraOptions = None,
@@ -344,7 +467,7 @@ def merge(
     print(run(model, _weighted(loras), out))
 
 
-@app.command()
+@_command(app)
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Turn a data folder into codes once, which is what a prior trains on."""
     from stage2_prior.encode import encode as run
@@ -355,7 +478,7 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-@evaluate_app.command("tokenizer")
+@_command(evaluate_app, "tokenizer")
 def evaluate_tokenizer(
     model: Annotated[str, typer.Argument(help="A tokenizer's folder or hub name.")],
     data: Annotated[Path, typer.Argument(help="A data folder.")],
@@ -375,7 +498,7 @@ def evaluate_tokenizer(
     _print_report(report, as_json)
 
 
-@app.command()
+@_command(app)
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Picture files.")],
     model: Annotated[str | None, typer.Option(help="A tokenizer's folder or hub name.  [default: emoji's]")] = None,
@@ -402,7 +525,7 @@ def reconstruct(
     _say(f"{len(done)} images in {seconds:.1f} s, {len(done) / seconds:.1f} images per second")
 
 
-@evaluate_app.command("prior")
+@_command(evaluate_app, "prior")
 def evaluate_prior(
     model: Annotated[str, typer.Argument(help="A prior's folder or hub name.")],
     codes: Annotated[Path, typer.Argument(help="A folder of codes, as tessera encode writes it.")],
@@ -417,7 +540,7 @@ def evaluate_prior(
     _print_report(evaluate(model, codes, guidance_scale), as_json)
 
 
-@evaluate_app.command("pipeline")
+@_command(evaluate_app, "pipeline")
 def evaluate_pipeline(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Draw the prompts of a recipe and have its judge say how many pictures are right."""
     from pipelines.evaluate_recipe import evaluate_recipe
@@ -433,7 +556,7 @@ def evaluate_pipeline(recipe: Recipe, overrides: Overrides = None, as_json: AsJs
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-@data_app.command("check")
+@_command(data_app, "check")
 def check_data(
     folder: Annotated[Path, typer.Argument(help="A data folder.")],
     split: Annotated[str | None, typer.Option(help="One split of it; all of it when left out.")] = None,
@@ -457,6 +580,9 @@ class Convertible(StrEnum):
     llamagen_vq = "llamagen-vq"
     janus_vq = "janus-vq"
     diffusers_vq = "diffusers-vq"
+    ibq_vq = "ibq-vq"
+    sber_movqgan = "sber-movqgan"
+    chameleon_vq = "chameleon-vq"
     mindalle = "mindalle"
     rudalle = "rudalle"
     min_dalle = "min-dalle"
@@ -465,7 +591,7 @@ class Convertible(StrEnum):
     taming = "taming"
 
 
-@app.command()
+@_command(app)
 def convert(
     family: Annotated[Convertible, typer.Argument(help="Whose checkpoint it is.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the tokenizer or the bundle made of it.")],
@@ -483,6 +609,10 @@ def convert(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What a prior's files do not say.")
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="model|ema", help="Which weights, where a file has both.  [default: ema, if it is whole]"),
+    ] = None,
 ) -> None:
     """Turn a public image tokenizer, or a prior with all it needs, into ours; nothing in its files is executed."""
     from pipelines.convert import convert as run
@@ -495,11 +625,12 @@ def convert(
             image_size=image_size,
             image_tokenizer=image_tokenizer,
             settings=settings or [],
+            weights=weights,
         )
     )
 
 
-@app.command()
+@_command(app)
 def info(
     folder: Annotated[str, typer.Argument(help="A folder of a bundle, a part or data, or a shipped bundle's name.")],
     as_json: AsJson = False,
@@ -510,7 +641,7 @@ def info(
     _print_report(describe(folder), as_json)
 
 
-@app.command()
+@_command(app)
 def bundle(
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of a trained tokenizer.")],
@@ -567,7 +698,7 @@ def _weighted(loras: list[str] | None) -> list[tuple[str, float]]:
     found = []
     for text in loras or []:
         folder, colon, weight = text.rpartition(":")
-        if not colon or Path(text).is_dir():
+        if not colon or os.path.lexists(expand(text)):
             found.append((text, 1.0))
             continue
         try:
@@ -610,7 +741,12 @@ def _show_replayed(replayed: Any, as_json: bool) -> None:
 
 
 def _print_json(content: object) -> None:
-    print(json.dumps(content, ensure_ascii=False, indent=2))
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # an escape of ours would not be JSON
+        text = json.dumps(content, indent=2)
+    print(text)
 
 
 def _print_table(rows: list[dict[str, object]]) -> None:
@@ -635,11 +771,16 @@ def _print_lines(report: dict[str, Any], indent: str) -> None:
         if isinstance(value, dict):
             print(f"{indent}{name}:" + ("" if value else " none"))
             _print_lines(value, indent + "  ")
-        elif isinstance(value, list | tuple) and value and isinstance(value[0], str) and len(" ".join(value)) > 60:
+        elif _is_long_list(value):
             print(f"{indent}{name}:")
             print("\n".join(f"{indent}  {line}" for line in value))
         else:
             print(f"{indent}{name.ljust(width)}  {_readable(value)}")
+
+
+def _is_long_list(value: object) -> bool:
+    texts = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return texts and len(" ".join(value)) > 60  # type: ignore[arg-type]
 
 
 def _readable(value: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from common.images import read_map
+from common.paths import expand, is_file
 from stage1_tokenizer import Autoencoder
 from stage2_prior.base import Prior
 
@@ -38,7 +39,8 @@ class SegmentationMap(str):
 
     def __new__(cls, path: str | Path) -> "SegmentationMap":
         """Raises InputError when there is no such file."""
-        if not Path(path).is_file():
+        path = expand(path)
+        if not is_file(path):
             raise InputError(f"{path} does not exist; give the file of a segmentation map")
         made = super().__new__(cls, f"segmentation {Path(path).name}")
         made.path = Path(path)

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from common.errors import InputError
 from pipelines.bundle import new_bundle, save_bundle
 from stage1_tokenizer import Autoencoder
@@ -21,22 +19,24 @@ def convert(
     image_size: int | None = None,
     image_tokenizer: Path | None = None,
     settings: Sequence[str] = (),
+    weights: str | None = None,
 ) -> Path:
     """Writes what `sources` hold to the folder `out` and returns it.
 
     `image_tokenizer` is a folder of ours, for priors that are published without theirs; `settings` are `key=value`
-    and say what a prior's files do not. Raises InputError for what does not go together.
+    and say what a prior's files do not; `weights` is `model` or `ema` where a file has both. Raises InputError for what
+    does not go together.
     """
     if family in TOKENIZERS:
         given = [name for name, value in (("--image-tokenizer", image_tokenizer), ("--set", settings)) if value]
         if given:
             raise InputError(f"{given[0]} is for priors, and {family} is an image tokenizer; leave it out")
-        return convert_tokenizer(family, sources, out, image_size)
+        return convert_tokenizer(family, sources, out, image_size, weights)
     if image_size is not None:
         raise InputError(f"--image-size is for image tokenizers, and {family} is a prior, whose size is fixed")
     new_bundle(out)
     tokenizer = Autoencoder.from_pretrained(image_tokenizer) if image_tokenizer is not None else None
-    prior, own_tokenizer, sampling, maps = convert_prior(family, sources, dict(map(_setting, settings)))
+    prior, own_tokenizer, sampling, maps = convert_prior(family, sources, dict(map(_setting, settings)), weights)
     tokenizer = tokenizer or own_tokenizer
     if tokenizer is None:
         raise InputError(
@@ -47,8 +47,9 @@ def convert(
     return save_bundle(out, tokenizer, prior, sampling=sampling, segmentation_tokenizer=maps)
 
 
-def _setting(text: str) -> tuple[str, object]:
+def _setting(text: str) -> tuple[str, str]:
+    """A setting and its value as it is written: what it stands for is up to the family's settings."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise InputError(f"the setting '{text}' must look like key=value")
-    return key, yaml.safe_load(value)
+    return key, value

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.images import contact_sheet, save_png
+from common.files import parse_json, read_text
+from common.images import contact_sheet, open_image, opened_image, save_png
+from common.paths import is_file
 from pipelines.judge import WHITE, Judge, Request, to_pixels
 
 # (prompts, seed) -> images (P, N, 3, H, W), uint8 or float in [-1, 1], and scores (P, N), higher fits better. What it
@@ -212,27 +215,41 @@ def resume(file: Path, begun: dict[str, Any]) -> dict[int, Outcome]:
     """The outcomes that an earlier run left in `file`; a new file gets `begun` as its first line."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text("utf-8").split("\n") if file.exists() else [""]
     except OSError as error:
         raise InputError(f"cannot write {file.parent}: {error.strerror or error}; choose another folder") from None
+    if not is_file(file):
+        others = [name for name in ("evaluation.json", "failures") if os.path.lexists(file.with_name(name))]
+        if others:
+            raise InputError(f"{file.with_name(others[0])} was not written by an evaluation; choose another folder")
+    lines = read_text(file).split("\n") if is_file(file) else [""]
     whole = lines[:-1]  # what follows the last line end was cut off in the middle
+    if not whole and lines[-1] and not lines[-1].startswith("{"):
+        raise InputError(f"{file} was not written by an evaluation; choose another folder")
     begun = json.loads(json.dumps(begun))
     if whole:
-        try:
-            earlier = json.loads(whole[0])
-        except ValueError:
-            raise InputError(f"{file} was not written by an evaluation; choose another folder") from None
-        changed = [key for key in begun if not isinstance(earlier, dict) or earlier.get(key) != begun[key]]
+        remedy = "choose another folder, or delete it"
+        earlier = parse_json(whole[0], f"{file}, line 1", remedy)
+        if not isinstance(earlier, dict) or not begun.keys() <= earlier.keys():
+            raise InputError(f"{file} was not written by an evaluation; {remedy}")
+        changed = [key for key in begun if earlier[key] != begun[key]]
         if changed:
             raise InputError(
                 f"{file.parent} holds an evaluation with other {', '.join(changed)}; choose another folder or delete it"
             )
-    outcomes = [Outcome(**json.loads(line)) for line in whole[1:]]
+    outcomes = [_outcome(line, f"{file}, line {number}") for number, line in enumerate(whole[1:], 2)]
     kept = [json.dumps(begun, ensure_ascii=False), *whole[1:]]
     part = file.with_name(f".{file.name}.part")
     part.write_text("".join(line + "\n" for line in kept), "utf-8")
     part.replace(file)
     return {outcome.number: outcome for outcome in outcomes}
+
+
+def _outcome(line: str, where: str) -> Outcome:
+    content = parse_json(line, where, "remove the line")
+    try:
+        return Outcome(**content)
+    except TypeError:
+        raise InputError(f"{where} is no outcome of an evaluation; remove the line") from None
 
 
 def keep_failure(out: Path, index: int, request: Request, image: Tensor, judge: Judge) -> None:
@@ -251,7 +268,7 @@ def asked_for(request: Request, size: int, judge: Judge) -> Image.Image:
     picture = Image.new("RGBA", (size, size), (red, green, blue, 255))
     for region in request.regions:
         left, top, right, _ = (round(edge * size) for edge in region.box)
-        with Image.open(judge.files[judge.items.index(region.item)]) as reference:
+        with opened_image(judge.files[judge.items.index(region.item)]) as reference:
             glyph = reference.convert("RGBA").resize((right - left, right - left), Image.Resampling.LANCZOS)
         picture.alpha_composite(glyph, (left, top))
     return picture.convert("RGB")
@@ -267,8 +284,7 @@ def draw_failures(out: Path, requests: Sequence[Request], outcomes: Sequence[Out
         step = -(-len(indices) // FAILURES_SHOWN)
         pictures, labels = [], []
         for index in indices[::step]:
-            with Image.open(out / "failures" / f"{index:05d}.png") as picture:
-                pictures.append(picture.convert("RGB"))
+            pictures.append(open_image(out / "failures" / f"{index:05d}.png"))
             request = requests[index]
             drawable = max(request.prompt, default="") < "\u3000"  # the sheet's font has no Chinese
             labels.append(request.prompt if drawable else judge.names[judge.items.index(request.regions[0].item)])

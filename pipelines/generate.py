@@ -6,7 +6,6 @@ when it carries the same origin (prompt, seed, sampling, bundle), that is when i
 otherwise the new one gets a number, `...-seed7 (2).png`.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +24,9 @@ from tqdm import tqdm
 
 from common.config import Config, validate
 from common.errors import InputError
+from common.files import read_json_lines
 from common.images import contact_sheet, open_image, open_mask, read_origin, save_png
+from common.paths import expand, is_folder
 from pipelines.arguments import check_keep, check_prompts
 from pipelines.bundle import bundle_fingerprint, draws_pictures_of, shipped_bundles, tessera_version
 from pipelines.conditions import SegmentationMap
@@ -36,6 +37,7 @@ from stage2_prior.sampling.settings import Precision
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt
 SHEET_COLUMNS = 8
+LIKE_THIS = 'each line must look like {"prompt": "a red heart"}'
 
 
 class OriginLora(Config):
@@ -168,7 +170,7 @@ def generate(
         )
         finished = pipeline.count_finished(num_candidates, drawing.get("candidate_budget"))
         keep = check_keep(num_images, num_candidates, finished)
-        with _output_folder(Path(output)) as folder:
+        with _output_folder(expand(output)) as folder:
             begun = time.perf_counter()
             drawn = [
                 _write(folder, origin.model_copy(update={"prompt": prompt}), candidates, keep, sheet)
@@ -196,7 +198,7 @@ def replay(
     that it was drawn with.
     """
     start = time.perf_counter()
-    origin = _read(Path(picture))
+    origin = _read(expand(picture))
     if origin.seeds is not None:
         raise InputError(f"{picture} is a contact sheet; replay one of the pictures instead")
     name = origin.model if model is None else model
@@ -219,7 +221,7 @@ def replay(
         wanted = " ".join(f"--lora FOLDER:{one.weight:g} ({one.name}, {one.fingerprint})" for one in origin.loras or ())
         raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
     set_precision(pipeline.prior, origin.precision)
-    with _output_folder(Path(output)) as folder:
+    with _output_folder(expand(output)) as folder:
         image = pipeline(
             origin.prompt if segmentation is None else SegmentationMap(segmentation),
             num_candidates=1,
@@ -240,26 +242,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises InputError: no such file, a line that is neither, no prompts.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the prompts in {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; give a JSONL file of prompts") from None
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except ValueError:
-            raise InputError(
-                f'{path}:{number} is not JSON; each line must look like {{"prompt": "a red heart"}}'
-            ) from None
+    path, prompts = expand(path), []
+    for where, content in read_json_lines(path, LIKE_THIS):
         prompt = content.get("prompt") if isinstance(content, dict) else content
         if not isinstance(prompt, str):
-            raise InputError(f'{path}:{number} has no prompt; each line must look like {{"prompt": "a red heart"}}')
+            raise InputError(f"{where} has no prompt; {LIKE_THIS}")
         prompts.append(prompt)
     if not prompts:
         raise InputError(f"{path} has no prompts; give a JSONL file with one a line")
@@ -274,7 +261,7 @@ def slug(prompt: str) -> str:
     text = unicodedata.normalize("NFC", prompt.lower())
     words = "".join(character if _is_word(character) else " " for character in text).split()
     name = "-".join(words).encode()[:MOST_NAME_BYTES].decode(errors="ignore").rstrip("-")
-    return name or "picture"
+    return os.fsdecode(name.encode()) or "picture"  # UTF-8 on the disk where the locale is another one too
 
 
 def _is_word(character: str) -> bool:
@@ -286,9 +273,9 @@ def _is_word(character: str) -> bool:
 
 def public_name(model: str | Path) -> str:
     """What a picture may tell about its bundle: a shipped or hub name, of a folder only the last part."""
-    if str(model) in shipped_bundles() or not Path(model).is_dir():
+    if str(model) in shipped_bundles() or not is_folder(expand(model)):
         return str(model)
-    return Path(model).resolve().name
+    return expand(model).resolve().name
 
 
 def _write(folder: Path, origin: Origin, candidates: Generated, keep: int, sheet: bool) -> Drawn:
@@ -329,7 +316,7 @@ def _free_path(folder: Path, stem: str, origin: Origin) -> Path:
     number = 1
     while True:
         path = folder / (f"{stem}.png" if number == 1 else f"{stem} ({number}).png")
-        if not path.exists() or _is_the_same(path, origin):
+        if not os.path.lexists(path) or _is_the_same(path, origin):
             return path
         number += 1
 

@@ -5,12 +5,16 @@ Parameters are counted from the headers of the safetensors files: 8 bytes of len
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
+from common.files import parse_json, read_json_object, read_lines
 from common.folder import read_items
+from common.paths import expand, is_file, is_folder
 from common.weights import find_folder
 from stage2_prior.presets import parameters as count
 from stage2_prior.presets import preset, presets
@@ -23,7 +27,7 @@ def describe(name: str | Path) -> dict[str, Any]:
 
     Raises InputError for anything else.
     """
-    if not Path(name).is_dir() and str(name) in presets():
+    if not is_folder(expand(name)) and str(name) in presets():
         config = preset(str(name))
         return {"kind": "preset", "parameters": count(config)} | config.model_dump(mode="json", exclude_defaults=True)
     folder = _find(name)
@@ -36,7 +40,7 @@ def describe(name: str | Path) -> dict[str, Any]:
         case "data":
             report |= _data(folder)
         case "codes":
-            report |= _read_json(folder / "meta.json")
+            report |= read_json_object(folder / "meta.json")
         case "training run":
             report |= _run(folder)
         case _:
@@ -44,24 +48,25 @@ def describe(name: str | Path) -> dict[str, Any]:
                 f"{folder} is not a bundle, a part of one, a training run, codes or a folder of pictures; "
                 "a part holds config.json and model.safetensors"
             )
-    return report | {"bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())}
+    return report | {"bytes": _bytes(folder)}
 
 
 def kind_of(folder: Path) -> str | None:
     """What `folder` is by the files in it; None when it is nothing of ours."""
-    if (folder / "model_index.json").is_file():
+    if is_file(folder / "model_index.json"):
         return "bundle"
-    if (folder / "open_clip_config.json").is_file():
+    if is_file(folder / "open_clip_config.json"):
         return "reranker"
-    if (folder / "adapter_config.json").is_file():
+    if is_file(folder / "adapter_config.json"):
         return "LoRA"
-    if (folder / "config.json").is_file():
-        return "image tokenizer" if _read_json(folder / "config.json").get("type") == "autoencoder" else "prior"
-    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
+    if is_file(folder / "config.json"):
+        kind = read_json_object(folder / "config.json").get("type")
+        return "image tokenizer" if kind == "autoencoder" else "prior"
+    if is_file(folder / "recipe.yaml") and is_folder(folder / "checkpoints"):
         return "training run"
-    if (folder / "meta.json").is_file():
+    if is_file(folder / "meta.json"):
         return "codes"
-    if (folder / "tokenizer.json").is_file():
+    if is_file(folder / "tokenizer.json"):
         return "text tokenizer"
     try:
         return "data" if read_items(folder) else None
@@ -76,8 +81,8 @@ def parameters(folder: Path) -> int:
 
 def _shapes(file: Path) -> list[list[int]]:
     """The shapes of the tensors in a safetensors file. Raises InputError when its header or length is wrong."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 0 < length <= min(size - 8, MAX_HEADER):
@@ -87,8 +92,13 @@ def _shapes(file: Path) -> list[list[int]]:
         ends = [entry["data_offsets"][1] for entry in tensors]
         if max(ends, default=0) != size - 8 - length:
             raise ValueError("its length differs from what its header says")
-        return [entry["shape"] for entry in tensors]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        shapes = [entry["shape"] for entry in tensors]
+        if not all(isinstance(side, int) and side >= 0 for shape in shapes for side in shape):
+            raise ValueError("it has a shape that cannot be")
+        return shapes
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise InputError(f"{file} is not a whole safetensors file ({error}); restore it") from None
 
 
@@ -115,10 +125,14 @@ def _part(folder: Path) -> dict[str, Any]:
     if any(folder.glob("*.safetensors")):
         report |= {"parameters": parameters(folder)}
     for name in ("config.json", "open_clip_config.json", "adapter_config.json"):
-        if (folder / name).is_file():
-            report |= _read_json(folder / name)
-    if (folder / "tokenizer.json").is_file():
-        report |= {"vocabulary": len(_read_json(folder / "tokenizer.json").get("model", {}).get("vocab", ()))}
+        if is_file(folder / name):
+            report |= read_json_object(folder / name)
+    if is_file(folder / "tokenizer.json"):
+        model = read_json_object(folder / "tokenizer.json").get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(vocabulary, dict | list):
+            raise InputError(f"{folder / 'tokenizer.json'} has no vocabulary; restore the file")
+        report |= {"vocabulary": len(vocabulary)}
     return report
 
 
@@ -133,22 +147,25 @@ def _data(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     """How far a training run has come, and its newest figures."""
-    steps = [int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*.pt")]
+    names = [re.fullmatch(r"step-(\d+)\.pt", path.name) for path in (folder / "checkpoints").iterdir()]
     log = folder / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    return {"checkpoints": sorted(steps), "newest_figures": json.loads(lines[-1]) if lines else {}}
+    lines = [line for line in read_lines(log) if line.strip()] if is_file(log) else []
+    newest: dict[str, Any] = {}
+    for line in lines[-1:] + lines[-2:-1]:  # a run that was killed may have left half of its last line
+        try:
+            newest = parse_json(line, str(log), "remove the line")
+            break
+        except InputError:
+            continue
+    return {"checkpoints": sorted(int(name[1]) for name in names if name), "newest_figures": newest}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore the file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}; restore the file")
-    return content
+def _bytes(folder: Path) -> int:
+    """Of all files in a folder that can be looked at."""
+    files = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 def _find(name: str | Path) -> Path:
     shipped = Path(__file__).parent / "bundles" / str(name)
-    return shipped if not Path(name).is_dir() and shipped.is_dir() else find_folder(name)
+    return shipped if not is_folder(expand(name)) and shipped.is_dir() else find_folder(name)

@@ -22,7 +22,6 @@ Letters: N pictures, S side of a region in pixels, R references, C features.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -36,6 +35,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import InputError
+from common.files import read_json_lines, read_json_object
+from common.images import opened_image
 
 GRID = 24  # side of the compared picture
 CELL = 4  # of GRID, side of a histogram's cell
@@ -90,21 +91,14 @@ class References(NamedTuple):
 
 def read_requests(file: str | Path) -> list[Request]:
     """The prompts of an evaluation: JSON lines with prompt, split, regions (box, item, concept) and background."""
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the prompts {file}: {error.strerror}; give a JSON lines file") from None
     requests = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, entry in read_json_lines(Path(file)):
         try:
-            entry = json.loads(line)
             regions = tuple(Region(box_of(r["box"]), str(r["item"]), str(r["concept"])) for r in entry["regions"])
             requests.append(Request(str(entry["prompt"]), str(entry["split"]), regions, entry["background"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
-                f"{file}, line {number}, is no evaluation prompt ({error!r}); a line holds prompt, split, "
+                f"{where} is no evaluation prompt ({error!r}); a line holds prompt, split, "
                 "regions (each with box, item and concept) and background"
             ) from None
     return requests
@@ -127,18 +121,18 @@ class Judge:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            lines = [json.loads(line) for line in (self.folder / "metadata.jsonl").read_text("utf-8").splitlines()]
-            colours = json.loads((self.folder / "colours.json").read_text("utf-8"))
+            lines = [line for _, line in read_json_lines(self.folder / "metadata.jsonl")]
+            colours = read_json_object(self.folder / "colours.json")
             self.files = [self.folder / str(line["file_name"]) for line in lines]
             self.items = [str(line["item"]) for line in lines]
             self.concepts = [str(line["concept"]) for line in lines]
             self.names = [str(line.get("name", line["item"])) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.colours = {name: torch.tensor(rgb, dtype=torch.float32).view(3) for name, rgb in colours.items()}
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"{self.folder} holds no references ({error}); it needs metadata.jsonl, colours.json and pictures, "
                 "as recipes/emoji/prepare.py writes them to OUT/glyphs"
             ) from None
-        self.colours = {name: torch.tensor(rgb, dtype=torch.float32) for name, rgb in colours.items()}
         if WHITE not in self.colours or not self.files:
             raise InputError(f"{self.folder} needs the colour 'white' in colours.json and at least one reference")
         self._rendered = lru_cache(maxsize=None)(self._render)
@@ -222,11 +216,8 @@ class Judge:
         """(R, S, S, 4) uint8, premultiplied: colour times alpha, and alpha."""
         rendered = torch.empty(len(self.files), side, side, 4, dtype=torch.uint8)
         for number, file in enumerate(self.files):
-            try:
-                with Image.open(file) as picture:
-                    small = picture.convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
-            except OSError as error:
-                raise InputError(f"cannot read the reference {file} ({error}); prepare the data set again") from None
+            with opened_image(file) as picture:
+                small = picture.convert("RGBA").convert("RGBa").resize((side, side), Image.Resampling.LANCZOS)
             rendered[number] = torch.from_numpy(np.array(small))
         return rendered
 

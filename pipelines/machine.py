@@ -32,6 +32,6 @@ def free_memory(device: torch.device) -> int:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:  # not Linux, or no control groups
         return ""

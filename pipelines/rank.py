@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from common.errors import InputError
 from common.images import open_image
+from common.paths import expand, is_file
 from pipelines.arguments import check_prompt, warn_of_cut
 from pipelines.bundle import INDEX, find_bundle, shipped_bundles
 from rerank import ClipReranker
@@ -34,7 +35,7 @@ def rank(prompt: str, images: Sequence[str | Path], model: str = "emoji", weight
 
 def find_reranker(model: str) -> str | Path:
     """The reranker of a bundle (shipped, or a folder); any other name is one that `ClipReranker` knows."""
-    if model not in shipped_bundles() and not (Path(model) / INDEX).is_file():
+    if model not in shipped_bundles() and not is_file(expand(model) / INDEX):
         return model
     folder = find_bundle(model) / "reranker"
     if not folder.is_dir():

@@ -19,14 +19,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.averages import choosing
+from common.building import built_from
+from common.checkpoints import read_tensors
 from common.config import validate
-from common.errors import InputError, nearest
+from common.errors import InputError, nearest, reason
+from common.files import read_json_object
 from common.normalization import visible
+from common.paths import expand, is_file, is_folder
 from common.text import END, PAD, TextTokenizer
 from common.weights import Unfilled, fingerprint, hub_at_once
 from common.writing import MARK, replacing, write_json
@@ -62,8 +66,8 @@ class ClipReranker:
         The model comes in eval mode. Raises InputError: unknown name or tag; missing, partial, broken or wrong weights;
         a tag or a hub name that cannot be downloaded.
         """
-        if Path(name).is_dir():
-            reranker = _from_folder(Path(name), weights)
+        if is_folder(expand(name)):
+            reranker = _from_folder(expand(name), weights)
         else:
             reranker = _from_name(str(name), None if weights is None else str(weights))
         return reranker.to(device, dtype)
@@ -205,7 +209,7 @@ def new_clip(model_config: Mapping[str, Any], text_tokenizer: TextTokenizer) -> 
 def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
     if weights is not None:
         raise InputError(f"{folder} is a folder, which brings its own weights; leave weights={weights} out")
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_file(folder / CONFIG_FILE):
         raise InputError(f"{folder} has no {CONFIG_FILE}; give a folder written by tessera train reranker or open_clip")
     text_cfg = _read_config(folder / CONFIG_FILE)["model_cfg"].get("text_cfg", {})
     if text_cfg.get("hf_tokenizer_name") and not (folder / "tokenizer_config.json").is_file():
@@ -218,9 +222,22 @@ def _from_folder(folder: Path, weights: str | Path | None) -> ClipReranker:
     plain = _plain(folder, found[0])
     if plain is not None:
         return plain
-    reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
+    with built_from(folder, CONFIG_FILE):
+        reranker = _load(f"local-dir:{folder}", str(folder), load_weights=False, pretrained_text=False)
     _fill(reranker.model, folder / found[0])
+    _try(reranker, folder)
     return reranker
+
+
+def _try(reranker: ClipReranker, folder: Path) -> None:
+    """Raises InputError unless a text and a picture can be scored: open_clip checks few values of a config when it
+    builds from it. A folder that needs open_clip takes seconds to load, one score is little beside that."""
+    try:
+        reranker.score("a", [Image.new("RGB", (8, 8))])
+    except Exception as error:
+        raise InputError(
+            f"{folder / CONFIG_FILE} describes no working CLIP ({_one_line(error)}); restore it"
+        ) from error
 
 
 def _plain(folder: Path, weights: str) -> ClipReranker | None:
@@ -229,18 +246,17 @@ def _plain(folder: Path, weights: str) -> ClipReranker | None:
     config = towers.known(content["model_cfg"])
     if config is None or not config.text_cfg.hf_tokenizer_name or not weights.endswith(".safetensors"):
         return None
-    texts = FileTokenizer.from_folder(folder, config.text_cfg.context_length)
-    preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
-    if texts is None or preprocess_cfg is None:
-        return None
-    with Unfilled():
-        model = towers.CLIP(config)
     try:
+        with built_from(folder, CONFIG_FILE), Unfilled():
+            model = towers.CLIP(config)
         state = load_file(folder / weights)
         model.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError):  # cut off, or other names or shapes
+    except Exception:  # sizes that cannot be, a file that is cut off, other names or shapes: each has its own kind
         return None
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+    texts = FileTokenizer.from_folder(folder, config.text_cfg.context_length)
+    preprocess_cfg = _preprocess_cfg(content.get("preprocess_cfg"), config.vision_cfg)
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    if texts is None or preprocess_cfg is None or not finite:
         return None
     return ClipReranker(model.eval(), texts, {"model_cfg": content["model_cfg"], "preprocess_cfg": preprocess_cfg})
 
@@ -274,10 +290,10 @@ def _from_name(name: str, weights: str | None) -> ClipReranker:
         raise InputError(f"open_clip's {name} needs weights: a file, or one of the tags {', '.join(tags) or '(none)'}")
     if weights in tags:
         return _from_tag(name, cleaned, weights)
-    if not Path(weights).is_file():
+    if not is_file(expand(weights)):
         raise InputError(f"'{weights}' is neither a file nor a tag of open_clip's {name}{nearest(weights, tags)}")
     reranker = _load(cleaned, name, load_weights=False, pretrained_text=False)
-    _fill(reranker.model, Path(weights))
+    _fill(reranker.model, expand(weights))
     return reranker
 
 
@@ -311,6 +327,8 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
                 plain = FileTokenizer.from_folder(Path(source.removeprefix("local-dir:")), length)
                 if plain is not None and plain.cleaning != "before":  # which open_clip's tokenizer cannot do
                     tokenizer = plain
+        except InputError:
+            raise
         except Exception as error:  # open_clip, torch, the hub and json each raise their own kinds here
             if network:
                 raise InputError(
@@ -325,42 +343,51 @@ def _load(source: str, what: str, **arguments: Any) -> ClipReranker:
 
 
 def _fill(model: nn.Module, path: Path) -> None:
-    """Loads the file's weights strictly. Raises InputError unless it holds exactly this model's, all of them finite."""
+    """Loads the file's weights strictly, without what wrappers of modules put into their names.
+
+    Raises InputError unless it holds exactly this model's, all of them finite.
+    """
     from open_clip.factory import load_checkpoint
 
     try:
-        for name, shape in _shapes(path).items():
-            # open_clip would stretch position embeddings of another image size or context length to fit.
-            own = model.state_dict().get(name.removeprefix("module."))
-            if name.endswith("positional_embedding") and own is not None and tuple(own.shape) != shape:
-                raise ValueError(f"size mismatch for {name}: {shape} in the file, {tuple(own.shape)} in the model")
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
+        if path.suffix in (".npz", ".npy"):
+            load_checkpoint(model, str(path), strict=True, weights_only=True)
+        else:
+            with choosing("model"):
+                _load_state(model, read_tensors([path]))
         broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
         if broken:
             raise ValueError(f"{broken[0]} is not finite")
-    except Exception as error:  # a pickle, a cut-off file, missing or foreign names, other shapes
+    except InputError as error:  # of another kind, cut off, ...
+        raise InputError(f"the weights are not this model's: {error}") from error
+    except Exception as error:  # missing or foreign names, other shapes
         raise InputError(f"the weights in {path} are not this model's: {_one_line(error)}; restore the file") from error
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a weight file, without reading them where the format allows."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    if path.suffix in (".npz", ".npy"):
-        return {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+def _load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What open_clip does with a file's tensors before it loads them, but for stretching what has another size."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    state = convert_state_dict(model, state)
+    own = model.state_dict()
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    if (positions := "text.transformer.embeddings.position_ids") not in own:  # of old transformers
+        state.pop(positions, None)
+    for name in ("logit_scale", "logit_bias"):  # a number, with or without an axis
+        if name in state and name in own and state[name].numel() == 1:
+            state[name] = state[name].reshape(own[name].shape)
+    if "logit_scale" in state and "logit_bias" in own:  # a model of before SigLIP's loss
+        state.setdefault("logit_bias", torch.zeros_like(own["logit_bias"]))
+    model.load_state_dict(state, strict=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not valid JSON ({_one_line(error)}); restore the file") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
-        raise InputError(f"{path} has no model_cfg; restore the file")
+    config = read_json_object(path)
+    model_cfg = config.get("model_cfg")
+    if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("text_cfg", {}), dict):
+        raise InputError(f"{path} has no model_cfg of a CLIP; restore the file")
     return config
 
 
@@ -383,5 +410,4 @@ def _quiet_about_random_weights() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."
+    return reason(error)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
+from common.building import built_from
 from common.config import Config, Origin, read_config
 from common.errors import InputError
 from common.weights import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
@@ -88,8 +89,9 @@ class Autoencoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Autoencoder":
         """The tokenizer in a folder written by `save_pretrained`, or of that name on the hub, in eval mode."""
         folder = find_folder(folder)
-        with Unfilled():
-            model = cls(read_config(AutoencoderConfig, folder))
+        config = read_config(AutoencoderConfig, folder)
+        with built_from(folder), Unfilled():
+            model = cls(config)
         load_weights(model, folder)
         return model
 

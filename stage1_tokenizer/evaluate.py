@@ -1,6 +1,7 @@
 """How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.data import ImageFolder
+from common.data import ImageFolder, Unreadable
 from common.errors import InputError
+from common.files import read_json_lines
 from common.metrics import frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
@@ -86,8 +88,11 @@ def evaluate(
     of Heusel et al. 2017) and `clip_frechet` (embeddings of `clip`). `codes_used` is the share of the codebook that
     occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
     out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
-    a JSON line for each picture. Raises InputError for a wrong model, data folder or weights, or a broken picture.
+    a JSON line for each picture that can be read; broken ones are skipped and named. Raises InputError for a wrong
+    model, data folder or weights, too many broken pictures, or a file `per_image` that holds something else.
     """
+    if per_image is not None:
+        _refuse_other(per_image)
     tokenizer = Autoencoder.from_pretrained(model)
     images = ImageFolder(data, tokenizer.image_size, split)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,10 +101,16 @@ def evaluate(
         raise InputError(f"{data} has {len(images)} picture, a Fréchet distance needs at least {FEWEST}; give more")
     measures = Measures(clip, lpips, inception_weights, device)
     counts = torch.zeros((), dtype=torch.int64, device=device)  # (codebooks, K) once there are codes
-    seconds = 0.0
+    seconds, measured, unreadable = 0.0, list[int](), Unreadable(len(images))
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
-        batch = torch.stack([images.image(i) for i in range(first, min(first + batch_size, len(images)))]).to(device)
-        start = time.perf_counter()
+        some = range(first, min(first + batch_size, len(images)))
+        batch, places, skipped = images.readable(some)
+        for sentence in unreadable.add(skipped):
+            print(f"skipped: {sentence}", file=sys.stderr)
+        if not places:
+            continue
+        measured += [some[place] for place in places]
+        batch, start = batch.to(device), time.perf_counter()
         if tokenizer.continuous:
             decoded = tokenizer.decode_latents(tokenizer.encode_latents(batch))
         else:
@@ -113,22 +124,35 @@ def evaluate(
         used = round(float((counts > 0).float().mean()), 4)
         of_codes = {"codes_used": used, "perplexity": round(perplexity(counts), 1)}
     if per_image is not None:
-        _write_lines(per_image, images, measures.figures)
+        _write_lines(per_image, images, measured, measures.figures)
     return {
         "model": str(model),
         "data": str(data),
         "split": split or "all",
-        "pictures": len(images),
+        "pictures": len(measured),
+        "unreadable": len(unreadable.sentences),
         "image_size": tokenizer.image_size,
         "resize": "shorter side by Lanczos, middle square, none where it fits",
         **of_codes,
         **measures.report(),
-        "images_per_second": round(len(images) / seconds, 1),  # encoded and decoded, without reading and measuring
+        "images_per_second": round(len(measured) / seconds, 1),  # encoded and decoded, without reading and measuring
     }
 
 
-def _write_lines(path: Path, images: ImageFolder, figures: dict[str, list[float]]) -> None:
-    names = [str(item.path.relative_to(images.folder)) for item in images.items]
+def _refuse_other(path: Path) -> None:
+    """Raises InputError when there is something that no earlier evaluation wrote: its lines have other keys."""
+    if not os.path.lexists(path):
+        return
+    try:
+        rows = [row for _, row in read_json_lines(path)]
+    except InputError:
+        rows = [None]
+    if not all(isinstance(row, dict) and {"file_name", "psnr"} <= row.keys() for row in rows):
+        raise InputError(f"{path} is there and no evaluation wrote it; choose another file")
+
+
+def _write_lines(path: Path, images: ImageFolder, measured: list[int], figures: dict[str, list[float]]) -> None:
+    names = [str(images.items[i].path.relative_to(images.folder)) for i in measured]
     rows = [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
     lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
     try:

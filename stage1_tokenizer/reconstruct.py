@@ -1,5 +1,6 @@
 """What an image tokenizer makes of pictures, side by side with them: `tessera reconstruct IMAGES`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import InputError
-from common.images import fit, open_image, save_png, to_pil, to_tensor
+from common.images import fit, open_image, save_png, to_pil, to_tensor, written_by_tessera
 from common.metrics import psnr
+from common.paths import expand
 from stage1_tokenizer.autoencoder import Autoencoder
 
 MOST_PIXELS = 2**22  # of a picture at once, without tiles; attention at the code grid grows with the square of them
@@ -37,6 +39,7 @@ def reconstruct(
 
     A side that the tokenizer's factor does not divide is continued by its last pixels, which are cut off again.
     `tile` bounds the memory that large pictures take, see tiling.py.
+    A picture of another hand is never overwritten: the new one gets a number, `0000-photo (2).png`.
     Raises InputError for a broken or a too large picture, before anything is written.
     """
     tokenizer = Autoencoder.from_pretrained(model)
@@ -47,7 +50,7 @@ def reconstruct(
                 f"{path} has {image.width} x {image.height} pixels, at most {MOST_PIXELS:,} fit at once; "
                 "give --tile 512 to go through it in parts, or --size"
             )
-    folder = Path(output)
+    folder = expand(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,11 +59,21 @@ def reconstruct(
     for number, (path, image) in enumerate(zip(images, opened, strict=True)):
         original = to_tensor(image).unsqueeze(0)
         again = through(tokenizer, original, tile)
-        target = folder / f"{number:04d}-{Path(path).stem}.png"
+        target = free_path(folder, f"{number:04d}-{Path(path).stem}")
         save_png(beside(image, to_pil(again)[0]), target)
         figure = float(psnr(again, original))
         results.append(Reconstruction(str(path), str(target), image.width, image.height, figure))
     return results
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """`stem.png`, or `stem (2).png` and so on: the first that is not there yet or that Tessera wrote."""
+    number = 1
+    while True:
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem} ({number}).png")
+        if not os.path.lexists(path) or (path.is_file() and written_by_tessera(path)):
+            return path
+        number += 1
 
 
 def through(tokenizer: Autoencoder, images: Tensor, tile: int | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from common.data import DataConfig, ImageFolder, Unreadable
 from common.errors import InputError
 from common.files import read_json
 from common.folder import Item, class_names, read_items
+from common.hardware import has_accelerator
 from common.images import read_map
 from common.lock import FolderLock
 from common.writing import MARK, is_ours, new_file, refuse_data_folder, write_json, write_text
@@ -73,7 +74,7 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     are not ours.
     """
     recipe = read_recipe(EncodeRecipe, recipe_path, overrides)
-    state = PartialState()
+    state = PartialState(cpu=not has_accelerator())
     tokenizers = Tokenizers(
         _tokenizer("image_tokenizer", recipe.image_tokenizer).to(state.device),
         None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from common.building import built_from
 from common.config import read_config
 from common.errors import InputError, nearest
 from common.text import FILE, TextTokenizer
@@ -39,7 +40,7 @@ def load_prior(folder: str | Path, text_tokenizer: TextTokenizer | None = None) 
             f"the prior in {folder} was trained with text tokenizer {config.text_tokenizer_fingerprint}, got "
             f"{text_tokenizer.fingerprint}; put the tokenizer.json it was trained with beside it"
         )
-    with Unfilled():
+    with built_from(folder), Unfilled():
         prior = model(config, text_tokenizer)
     load_weights(prior, folder)
     return prior

@@ -12,7 +12,6 @@ Our attention computes queries, keys and values by one matrix `qkv` of three thi
 three separate matrices would; the layers `qkv.q`, `qkv.k` and `qkv.v` are those thirds.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,12 +19,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.config import validate
 from common.errors import InputError
+from common.files import read_json
+from common.paths import expand, is_file
 from common.weights import find_folder, fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +84,8 @@ class Loras:
     def add(self, folder: str | Path, weight: float = 1.0) -> Lora:
         """Adds `weight` times the LoRA in a folder or of a hub name.
 
-        Raises InputError when it cannot be read, is one of another base, or does not fit the prior.
+        Raises InputError when it cannot be read, is one of another base, does not fit the prior, or when the sum is not
+        finite; the prior is then as it was.
         """
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise InputError(f"the weight of a LoRA must be a finite number, got {weight!r:.40}")
@@ -98,7 +99,12 @@ class Loras:
             )
         _check_layers(self.prior, lora, folder)
         self.applied.append(Applied(lora, float(weight)))
-        self._apply()
+        try:
+            self._apply()
+        except InputError:
+            self.applied.pop()
+            self._apply()
+            raise
         return lora
 
     def remove(self) -> None:
@@ -126,21 +132,36 @@ class Loras:
             matrix = self.prior.get_parameter(name)
             self._before.setdefault(name, matrix.detach().clone())
             rows = matrix if part is None else matrix.chunk(3)[part]
-            rows.copy_((rows.float() + delta.to(rows.device)).to(rows.dtype))
+            changed = (rows.float() + delta.to(rows.device)).to(rows.dtype)
+            if not bool(torch.isfinite(changed.float()).all()):
+                weights = ", ".join(f"{weight:g} of {lora.name}" for lora, weight in self.applied)
+                raise InputError(
+                    f"with {weights} the weights of '{layer}' are no longer finite in {str(rows.dtype)[6:]}; "
+                    "give smaller weights of the LoRAs"
+                )
+            rows.copy_(changed)
 
 
 def read_lora(folder: str | Path) -> Lora:
     """The LoRA in a folder or of a hub name. Raises InputError when a file is missing, broken or of another kind."""
+    place = expand(folder)
+    if is_file(place):
+        if place.name not in (CONFIG, WEIGHTS):
+            raise InputError(
+                f"{folder} is a file; give the folder of a LoRA, with {CONFIG} and {WEIGHTS}, as tessera finetune "
+                "writes it"
+            )
+        folder = place.parent
     found = find_folder(folder)
     for name in (CONFIG, WEIGHTS):
-        if not (found / name).is_file():
+        if not is_file(found / name):
             raise InputError(f"{folder} is not a LoRA, it has no {name}; give a folder that tessera finetune wrote")
+    config = validate(AdapterFile, read_json(found / CONFIG, "restore its files"), where=str(found / CONFIG))
     try:
-        content = json.loads((found / CONFIG).read_text(encoding="utf-8"))
         state = load_file(found / WEIGHTS)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise InputError(f"the LoRA {folder} cannot be read ({error}); restore its files") from None
-    config = validate(AdapterFile, content, where=str(found / CONFIG))
+    except Exception as error:  # safetensors and torch each raise their own kinds, for a header of odd types say
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise InputError(f"the LoRA {folder} cannot be read ({found / WEIGHTS}: {reason}); restore its files") from None
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     for name in sorted({key.rpartition(".lora_")[0] for key in state if ".lora_" in key}):
         a, b = (state.pop(f"{name}.lora_{half}.weight", None) for half in "AB")
@@ -148,7 +169,12 @@ def read_lora(folder: str | Path) -> Lora:
             raise InputError(f"{found / WEIGHTS} has no whole pair of A and B for '{name}'; restore the file")
         if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == config.r:
             raise InputError(f"{found / WEIGHTS}: '{name}' is not of rank {config.r}; restore the files")
-        layers[name.removeprefix(PREFIX)] = a.float(), b.float()
+        pair = a.float(), b.float()
+        if not all(bool(torch.isfinite(half).all()) for half in pair):
+            raise InputError(
+                f"{found / WEIGHTS}: the weights of '{name}' are not finite; restore the file, or train it again"
+            )
+        layers[name.removeprefix(PREFIX)] = pair
     if state:
         raise InputError(
             f"{found / WEIGHTS} has '{sorted(state)[0]}', which is no part of a plain LoRA; train it again"

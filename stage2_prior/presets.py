@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from common.config import validate
 from common.errors import nearest
+from common.files import read_yaml
 from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 
 FOLDER = Path(__file__).parent / "configs"
@@ -22,7 +22,7 @@ def preset(name: str) -> GPTConfig:
     if name not in presets():
         raise ValueError(f"'{name}' is not a preset{nearest(name, presets())}")
     path = FOLDER / f"{name}.yaml"
-    return validate(GPTConfig, yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    return validate(GPTConfig, read_yaml(path), where=str(path))
 
 
 def with_preset(values: Any) -> Any:

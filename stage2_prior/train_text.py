@@ -17,7 +17,7 @@ from stage2_prior.truncation import describe, truncation
 
 class TextRecipe(Config):
     data: DataConfig
-    vocab_size: int = Field(4096, ge=259)  # 256 bytes and 3 specials at least
+    vocab_size: int = Field(4096, ge=259, le=2**24)  # 256 bytes and 3 specials at least
     lower_case: bool = False  # capitals read as small letters: for captions without them, and less to learn
     text_length: int | None = Field(None, ge=2)  # of the prior it is for; says what of each language would be cut
     output: Path

@@ -1,5 +1,9 @@
+import json
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.errors import InputError
 from common.weights import fingerprint
@@ -149,6 +153,60 @@ def test_sharded_weights_load_too(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     assert Autoencoder.from_pretrained(tmp_path / "model").fingerprint == model.fingerprint
+
+
+def drop(files, index):
+    del files["decoder.conv_out.bias"]
+
+
+def add(files, index):
+    files["decoder.conv_out.other"] = torch.zeros(1)
+
+
+def reshape(files, index):
+    files["decoder.conv_out.bias"] = torch.zeros(2)
+
+
+def point_elsewhere(files, index):
+    index["weight_map"]["decoder.conv_out.bias"] = "../model.safetensors"
+
+
+def point_at_a_pickle(files, index):
+    index["weight_map"]["decoder.conv_out.bias"] = "model.bin"
+
+
+def point_nowhere(files, index):
+    index["weight_map"]["decoder.conv_out.bias"] = "model-9.safetensors"
+
+
+def lose_the_map(files, index):
+    del index["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (drop, "the weight decoder.conv_out.bias is missing"),
+        (add, "has the weight decoder.conv_out.other, which is not the model's"),
+        (reshape, "size mismatch for decoder.conv_out.bias"),
+        (point_elsewhere, "names ../model.safetensors, which is no safetensors file of the folder"),
+        (point_at_a_pickle, "names model.bin, which is no safetensors file of the folder"),
+        (point_nowhere, "model-9.safetensors"),
+        (lose_the_map, "has no weight_map"),
+    ],
+)
+def test_damaged_shards_are_refused_in_a_sentence(tmp_path, damage, reason):
+    tiny().save_pretrained(tmp_path, max_shard_size="10KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = tmp_path / index["weight_map"]["decoder.conv_out.bias"]
+    files = load_file(shard)
+    damage(files, index)
+    save_file(files, shard)
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=re.escape(f"the weights in {tmp_path} cannot be loaded: ")) as caught:
+        Autoencoder.from_pretrained(tmp_path)
+    assert reason in str(caught.value)
 
 
 def test_the_fingerprint_is_of_the_codes_not_of_the_decoder():

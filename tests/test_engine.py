@@ -1,6 +1,7 @@
 """The sampling engines: the prior's own numbers, and rows that do not depend on the rows beside them."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.prune import Plan, sample_pruned
-from stage2_prior.sampling.quantized import FP8, Int8
+from stage2_prior.sampling.quantized import FP8, Int8, without_fp8
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -256,12 +257,35 @@ def test_graphs_give_the_priors_logits_on_a_gpu():
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_weights_of_8_bits_are_drawn_with_on_a_gpu(precision):
     prior = make_prior((1, 10, 10), dim=64).cuda().to(torch.bfloat16)
+    if precision == "fp8" and without_fp8():
+        pytest.skip(without_fp8())
     set_precision(prior, precision)
     assert accelerated(prior).precision == precision  # after agreeing with the prior
     assert sample(prior, prior.null_prefix(1), range(20)).shape == (20, 100)
 
 
-@pytest.mark.parametrize(("precision", "levels"), [("int8", 127), ("fp8", 8)])
+def fp8_runs_here() -> bool:
+    try:
+        FP8(torch.nn.Linear(16, 16, bias=False))(torch.ones(1, 16))
+    except (InputError, NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+needs_fp8 = pytest.mark.skipif(not fp8_runs_here(), reason="this torch does not multiply in fp8 on a CPU")
+
+
+def test_a_torch_that_does_not_multiply_in_fp8_is_named(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)  # as in torch 2.6 to 2.9
+    sentence = rf"torch {re.escape(torch.__version__)} does not multiply in it; take int8, or torch 2.10 or newer"
+    with pytest.raises(InputError, match=f"weights cannot be kept in fp8: {sentence}"):
+        FP8(torch.nn.Linear(16, 16, bias=False))
+    beyond_a_cpu = make_prior().to("meta")
+    assert re.fullmatch(sentence, engines._unavailable(beyond_a_cpu, "fp8"))
+    assert not engines._unavailable(make_prior(dim=64).to("meta"), "int8")
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("int8", 127), pytest.param("fp8", 8, marks=needs_fp8)])
 def test_products_of_8_bits_are_those_of_the_rounded_numbers(precision, levels):
     """Against a product in float64 of what int8 and e4m3 can say: here 127 equal steps, or 8 to each factor of two."""
     torch.manual_seed(0)
@@ -284,7 +308,7 @@ def test_products_of_8_bits_are_those_of_the_rounded_numbers(precision, levels):
     assert 1e-4 < (product(x) - plain).norm() / plain.norm() < (0.02 if precision == "int8" else 0.05)
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", pytest.param("fp8", marks=needs_fp8)])
 @torch.no_grad()
 def test_steps_with_weights_of_8_bits_are_near_the_priors(precision):
     prior = make_prior()

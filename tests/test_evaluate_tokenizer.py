@@ -1,6 +1,8 @@
 """`tessera evaluate tokenizer`: every figure against one computed apart, and what is missing is said."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -122,3 +124,16 @@ def test_embeddings_of_a_clip_are_open_clips(resnet):
 def test_stages_that_a_tower_does_not_have_are_refused(resnet, stages):
     with pytest.raises(InputError, match="stages must be among 0 to 4"):
         CLIPFeatures(resnet, stages)
+
+
+def test_broken_pictures_are_skipped_named_and_left_out_of_the_figures(tiny_parts, folder, tmp_path, capsys):
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    names = sorted(path.name for path in data.glob("*.png"))
+    (data / names[3]).write_bytes(b"broken")
+    report = evaluate(tiny_parts / "image_tokenizer", data, batch_size=5, per_image=tmp_path / "rows.jsonl")
+    assert (report["pictures"], report["unreadable"]) == (len(names) - 1, 1)
+    assert f"skipped: {data / names[3]} is not a readable picture" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    whole = evaluate(tiny_parts / "image_tokenizer", folder, per_image=tmp_path / "whole.jsonl")
+    expected = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert rows == [row for row in expected if row["file_name"] != names[3]] and whole["unreadable"] == 0

@@ -281,8 +281,10 @@ def test_replay_of_other_files(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_prompts_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a dog", "split": "seen"}\n\n"红心"\n{"prompt": ""}\n', encoding="utf-8")
-    assert read_prompts(path) == ["a dog", "红心", ""]
+    path.write_text(
+        '{"prompt": "a dog", "split": "seen"}\n\n"红心"\r\n{"prompt": ""}\n"a\u2028heart\x85"', encoding="utf-8-sig"
+    )
+    assert read_prompts(path) == ["a dog", "红心", "", "a\u2028heart\x85"]
 
 
 @pytest.mark.parametrize(
@@ -290,11 +292,13 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
     [
         (b"", "has no prompts; give a JSONL file"),
         (b"\n \n", "has no prompts"),
-        (b'"a dog"\na cat\n', ":2 is not JSON; each line must look like"),
-        (b'{"text": "a dog"}', ":1 has no prompt; each line must look like"),
-        (b'{"prompt": 3}', ":1 has no prompt"),
-        (b"[1]", ":1 has no prompt"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b'"a dog"\na cat\n', ", line 2 is not valid JSON (Expecting value); each line must look like"),
+        (b'{"text": "a dog"}', ", line 1 has no prompt; each line must look like"),
+        (b'{"prompt": 3}', ", line 1 has no prompt"),
+        (b"[1]", ", line 1 has no prompt"),
+        (b"\xff\xfe\x00", "line 1: not UTF-16 text"),
+        (b"\xff", "line 1: not UTF-8 text"),
+        (b'{"prompt": "a \\ud83d heart"}', "line 1: half a character (U+D83D)"),
     ],
 )
 def test_broken_prompt_files(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -305,7 +309,7 @@ def test_broken_prompt_files(tmp_path: Path, content: bytes, sentence: str) -> N
 
 def test_no_prompt_file(tmp_path: Path) -> None:
     assert "No such file" in refusal(read_prompts, tmp_path / "none.jsonl")
-    assert "cannot read the prompts in" in refusal(read_prompts, tmp_path)
+    assert f"cannot read {tmp_path}: Is a directory" in refusal(read_prompts, tmp_path)
 
 
 # Bad input leaves nothing behind --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.captions import clean
+from stage2_prior.convert import convert as convert_prior
 from stage2_prior.convert import llamagen as converter
 from stage2_prior.llamagen import LlamaGenPrior
 from tests.prior_laws import check_laws
@@ -382,6 +383,27 @@ def test_bad_sources(t5, tmp_path, capsys):
     assert convert("llamagen", [file, vq], tmp_path / "fine", settings=given).is_dir()
     torch.save({"model": weights}, tmp_path / "t2i_other_8.pt")
     assert "are 2 checkpoints; give the one" in refused([tmp_path], *given)
+
+
+def test_a_prior_with_prefixes_in_shards_and_with_an_average(tmp_path):
+    size = SIZES["a"]
+    weights = random_weights(size, False)
+    doubled = {name: 2 * tensor for name, tensor in weights.items()}
+    names = list(weights)
+    for number in (1, 2):
+        half = names[number - 1 :: 2]
+        content = {
+            "model": {f"_orig_mod.module.{name}": weights[name] for name in half},
+            "ema": {f"module.{name}": doubled[name] for name in half},
+        }
+        torch.save(content, tmp_path / f"c2i_tiny-{number:05}-of-00002.pt")
+    given = {"num_heads": size["heads"], "image_size": str(16 * size["side"])}
+    for wanted, expected in (("model", weights), ("ema", doubled)):
+        prior = convert_prior("llamagen", [tmp_path], given, wanted).prior
+        assert prior.config.origin.weights == wanted
+        assert torch.equal(prior.get_parameter("norm.weight"), expected["norm.weight"])
+    with pytest.raises(InputError, match="at most 16384, got 1600000"):
+        convert_prior("llamagen", [tmp_path], given | {"image_size": "1600000"}, "model")
 
 
 def test_a_text_encoder_that_is_not_here(t5, tmp_path, monkeypatch):

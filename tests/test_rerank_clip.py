@@ -1,9 +1,13 @@
 """ClipReranker against open_clip itself: the same scores, and never a model that was not loaded as a whole."""
 
+import argparse
 import json
 import logging
+import pickle
 import shutil
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,6 +336,39 @@ def test_the_weights_of_another_named_model(named_weights: Path, tiny_clip: Clip
     shutil.copy(named_weights / "weights.safetensors", named_weights / "cut.safetensors")
     cut("cut.safetensors", 1000)(named_weights)
     assert "are not this model's" in refusal(NAMED, named_weights / "cut.safetensors")
+
+
+def test_weights_as_wrappers_and_trainings_save_them(
+    named_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefixes, more than weights, classes that are not here, and before torch 1.6: the scores are the same."""
+    state = load_file(named_weights / "weights.safetensors")
+    expected = ClipReranker.from_pretrained(NAMED, named_weights / "weights.safetensors").fingerprint
+    module = types.ModuleType("some_framework")
+    exec("class Sampler:\n    pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "some_framework", module)
+    more = {"epoch": 3, "optimizer": {"state": {}}, "sampler": module.Sampler()}
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model."):
+        stored = {prefix + name: tensor for name, tensor in state.items()}
+        torch.save({"state_dict": stored} | more, tmp_path / f"{prefix}pt")
+        torch.save(stored, tmp_path / f"{prefix}old.pt", _use_new_zipfile_serialization=False)
+        save_file(stored, tmp_path / f"{prefix}safetensors")
+    monkeypatch.delitem(sys.modules, "some_framework")
+    for path in sorted(tmp_path.iterdir()):
+        assert ClipReranker.from_pretrained(NAMED, path).fingerprint == expected, path.name
+
+
+def test_what_is_no_weight_file_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": [argparse.Namespace(a=1)]}, path)
+    assert "holds no named tensors but objects of argparse.Namespace" in refusal(NAMED, path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a Git LFS pointer" in refusal(NAMED, path)
+    for content in (pickle.dumps([1]), b"PK\x03\x04 and no more"):
+        path.write_bytes(content)
+        sentence = refusal(NAMED, path)
+        assert "damaged or not a torch checkpoint" in sentence
+        assert "weights_only" not in sentence and "site-packages" not in sentence
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

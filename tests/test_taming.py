@@ -178,7 +178,7 @@ def test_a_condition_that_sees_both_ways(tmp_path):
         for key in range(length):
             if key <= query or (query < 16 and key < 16):
                 mask[:, :, query, key] = 0
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")  # "eager" adds its own causal mask before transformers 5.3
     with torch.no_grad():
         expected = model(sequence, attention_mask=mask).logits[:, 15:]
     assert (expected - forced(model, tokens, codes)).abs().max() > 0.1

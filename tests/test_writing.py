@@ -267,3 +267,15 @@ def test_earlier_releases_are_known_by_their_content(tiny_bundle: Path, tmp_path
     (tmp_path / "adapter_config.json").write_text(json.dumps({"revision": "0123456789abcdef"}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"whatever")
     refuse_foreign(tmp_path)
+
+
+def test_a_script_fills_only_a_folder_of_its_own(tmp_path: Path) -> None:
+    writing.own_folder(tmp_path / "new" / "digits", "digits")
+    (tmp_path / "new" / "digits" / "0.png").touch()
+    writing.own_folder(tmp_path / "new" / "digits", "digits")  # again over its own
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").touch()
+    for folder, what in ((tmp_path / "photos", "digits"), (tmp_path / "new" / "digits", "emoji")):
+        with pytest.raises(InputError, match=f"is not empty and was not made for {what}"):
+            writing.own_folder(folder, what)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.jpg"]

@@ -14,19 +14,26 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from common.errors import InputError
+from common.writing import own_folder
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write scikit-learn's digits as a data folder.")
     parser.add_argument("--out", type=Path, default=Path("data/digits"), help="folder to write (default: data/digits)")
     out: Path = parser.parse_args().out
+    try:
+        own_folder(out, "digits")
+    except InputError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
     digits = load_digits()
     rows = []
     for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         file, split = f"{number:04d}.png", "test" if number % 3 == 2 else "train"
-        out.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.rint(values * (255 / 16)).astype(np.uint8)).save(out / file)  # values are 0 to 16
         rows.append({"file_name": file, "label": int(label), "split": split})
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} digits")
     return 0
 

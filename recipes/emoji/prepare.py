@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -46,6 +45,9 @@ from world import (
     held_out_scenes,
     training_scenes,
 )
+
+from common.errors import InputError
+from common.writing import own_folder
 
 EXPECTED = {"sequences": 3789, "items": 3771, "train": 3462, "tone": 156, "tone2": 33, "gender": 114, "colour": 6}
 
@@ -77,6 +79,11 @@ def main() -> int:
         )
         return 2
 
+    try:
+        own_folder(arguments.out, "emoji")
+    except InputError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
     items, sequences = load_items(arguments.font)
     names = name_items(items)
     world = build_world(items, names)
@@ -87,8 +94,9 @@ def main() -> int:
     scenes = training_scenes(world, arguments.seed, counts, shares) + held_out_scenes(world, arguments.seed)
     out: Path = arguments.out
     for folder in {"glyphs", *(scene.split for scene in scenes)}:
-        shutil.rmtree(out / folder, ignore_errors=True)
-        (out / folder).mkdir(parents=True)
+        (out / folder).mkdir(exist_ok=True)
+        for picture in (out / folder).glob("*.png"):  # of a preparation before, with other pictures under these names
+            picture.unlink()
     write_glyphs(out / "glyphs", world)
     files = write_pictures(out, world, scenes, arguments.size)
     contact_sheet(out, list(zip(files, scenes, strict=True))).save(out / "contact_sheet.png")
@@ -153,7 +161,7 @@ def write_glyphs(folder: Path, world: World) -> None:
         file = f"{number:04d}.png"
         item.bitmap.save(folder / file, compress_level=4)
         lines.append(json.dumps(glyph_line(file, item, world.names[item.id], world.split[item.id]), ensure_ascii=False))
-    (folder / "colours.json").write_text(json.dumps(COLOURS | {"white": WHITE}) + "\n")
+    (folder / "colours.json").write_text(json.dumps(COLOURS | {"white": WHITE}) + "\n", encoding="utf-8")
     write_whole(folder / "metadata.jsonl", lines)
 
 

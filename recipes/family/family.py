@@ -48,12 +48,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of members; all of them when left out")
     arguments = parser.parse_args()
 
-    base = yaml.safe_load((HERE / "base.yaml").read_text())
+    base = yaml.safe_load((HERE / "base.yaml").read_text(encoding="utf-8"))
     steps = arguments.steps or base["run"]["steps"]
     held_out = write_held_out(
         arguments.data, arguments.out / "held-out", base["model"]["image_size"], arguments.pictures
     )
-    members = yaml.safe_load((HERE / "members.yaml").read_text())
+    members = yaml.safe_load((HERE / "members.yaml").read_text(encoding="utf-8"))
     reports = {}
     for member in members:
         if arguments.only and member["name"] not in arguments.only:
@@ -78,7 +78,9 @@ def write_held_out(data: Path, folder: Path, size: int, number: int) -> Path:
     names = [f"{place:04d}.png" for place in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
         fit(open_image(path), size).save(folder / name)  # data: `save_png` would mark it as what a model made
-    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name}) + "\n" for name in names))
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": name}) + "\n" for name in names), encoding="utf-8"
+    )
     return folder
 
 
@@ -100,7 +102,7 @@ def write_recipe(base: dict[str, Any], member: dict[str, Any], folder: Path, dat
 def measure(model: Path, held_out: Path, clip: Path, path: Path, steps: int) -> dict[str, Any]:
     """The figures of a trained member, from `path` where they are written already."""
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found["steps"] == steps:
             return found
     tokenizer = Autoencoder.from_pretrained(model)

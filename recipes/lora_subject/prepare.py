@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common.writing import own_folder
+
 NAME, SIZE = "tessie", 136  # pixels of the drawing, as the references have
 HELD_OUT_COLOURS, HELD_OUT_PLACE = ("blue", "orange"), "bottom right"
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -123,6 +125,7 @@ def prompts(emoji_prompts: Path) -> list[dict[str, Any]]:
 
 def main(emoji: Path, out: Path, size: int, seed: int) -> None:
     colours = json.loads((emoji / "glyphs" / "colours.json").read_text("utf-8"))
+    own_folder(out, "subject")
     (out / "train").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (image, captions) in enumerate(new_pictures(colours, size)):

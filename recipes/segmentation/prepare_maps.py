@@ -19,6 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.errors import InputError
+from common.writing import own_folder
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from glyphs import DEFAULT_FONT, compose, load_items, premultiplied
 from labels import label_glyph, map_picture
@@ -35,6 +38,11 @@ def main() -> int:
         message = f"no font at {arguments.font}: install fonts-noto-color-emoji or give --font"
         print(f"prepare_maps.py: {message}", file=sys.stderr)
         return 2
+    try:
+        own_folder(arguments.out, "segmentation")
+    except InputError as error:
+        print(f"prepare_maps.py: {error}", file=sys.stderr)
+        return 2
     items, _ = load_items(arguments.font)
     splits, out = split_items(items), arguments.out
     (out / "pictures").mkdir(parents=True, exist_ok=True)
@@ -48,8 +56,8 @@ def main() -> int:
         map_picture(label_glyph(picture, glyph[..., 3] / 255)).save(out / "maps" / name)
         rows.append({"file_name": f"pictures/{name}", "segmentation": f"maps/{name}", "split": split})
         map_rows.append({"file_name": name, "split": split})
-    (out / "maps" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map_rows))
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "maps" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in map_rows), encoding="utf-8")
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{out}: {len(rows)} pictures, {sum(row['split'] == 'train' for row in rows)} to train on")
     return 0
 

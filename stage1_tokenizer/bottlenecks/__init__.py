@@ -15,7 +15,7 @@ from stage1_tokenizer.bottlenecks.identity import Identity
 from stage1_tokenizer.bottlenecks.lfq import LookupFreeQuantizer
 from stage1_tokenizer.bottlenecks.residual import ResidualQuantizer
 from stage1_tokenizer.bottlenecks.simvq import SimVectorQuantizer
-from stage1_tokenizer.bottlenecks.vq import Normalize, VectorQuantizer
+from stage1_tokenizer.bottlenecks.vq import Metric, Normalize, VectorQuantizer
 from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
 
 __all__ = [
@@ -54,6 +54,7 @@ class VQConfig(Config):
     gradient: Gradient = "straight-through"  # past the nearest code; rotation: Fifty et al. 2024
     # What is brought to length 1: nothing, looked-up codes (transformers' Janus), or latents too (LlamaGen)
     normalize: Normalize = "none"
+    metric: Metric = "euclidean"  # by which a code is chosen; IBQ's tokenizers take the largest dot product
 
 
 class VQEMAConfig(Config):
@@ -152,7 +153,13 @@ def build_bottleneck(config: BottleneckConfig, dim: int, decoder_dim: int | None
             return Gaussian(dim, config.kl_weight)
         case VQConfig():
             return VectorQuantizer(
-                config.codebook_size, dim, config.beta, config.patience, config.normalize, config.gradient
+                config.codebook_size,
+                dim,
+                config.beta,
+                config.patience,
+                config.normalize,
+                config.gradient,
+                config.metric,
             )
         case VQEMAConfig():
             return EMAVectorQuantizer(

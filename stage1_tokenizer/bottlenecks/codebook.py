@@ -19,6 +19,12 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(squares - 2 * part @ codebook.T).argmin(1) for part in parts])
 
 
+def most_alike(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """(N, D), (K, D) -> (N,) int64: the code with the largest dot product; the lowest of equals."""
+    parts = vectors.split(max(1, MOST_DISTANCES // len(codebook)))
+    return torch.cat([(part @ codebook.T).argmax(1) for part in parts])
+
+
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     """The value of `quantized` with the gradient of `z` (Bengio et al. 2013)."""
     return quantized.detach() + (z - z.detach())  # z - z is exactly 0: the decoder sees what `lookup` gives

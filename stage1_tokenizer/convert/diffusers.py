@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import Weights, find_files, read_settings, read_tensors
+from common.checkpoints import Weights, by_checkpoint, find_files, read_settings, read_tensors
 from common.config import Origin
 from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
@@ -29,16 +29,23 @@ NAMES = Names(
 )
 OLD_ATTENTION = ("group_norm", "query", "key", "value", "proj_attn")  # of files written before diffusers 0.15
 FOLDERS = ("", "vqvae/", "movq/", "vqmodel/")
-FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "*.safetensors", "*.bin")
+FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*-of-*.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model-*-of-*.bin",
+    "*.safetensors",
+    "*.bin",
+)
 DEFAULT_SAMPLE_SIZE = 32  # of the class; published models leave it, although they are for larger pictures
 
 
 def read(sources: Sequence[Path]) -> Converted:
     """From a folder with `config.json`, or from that file and the weights."""
     configs = find_files(sources, [f"{folder}config.json" for folder in FOLDERS])
-    configs = [path for path in configs if path.suffix == ".json"]
+    configs = [path for path in configs if path.suffix == ".json" and not path.name.endswith(".index.json")]
     found = find_files(sources, [folder + file for folder in FOLDERS for file in FILES])
-    found = [path for path in found if path.suffix != ".json"]
+    found = by_checkpoint(path for path in found if path not in configs)
     if len(found) != 1 or len(configs) != 1:
         raise InputError("a VQModel is needed: a folder with config.json and diffusion_pytorch_model.safetensors")
     settings = read_settings(configs[0])

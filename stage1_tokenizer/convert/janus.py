@@ -13,7 +13,7 @@ from common.config import Origin
 from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert import llamagen
-from stage1_tokenizer.convert.vqgan import TAMING, Converted, read_vqgan, refuse_other_families
+from stage1_tokenizer.convert.vqgan import LARGEST_SIZE, TAMING, Converted, read_vqgan, refuse_other_families
 
 FAMILY = "janus-vq"
 TRANSFORMERS = TAMING._replace(low_first=True)
@@ -25,7 +25,7 @@ IMAGE_SIZE = 384  # of all published ones
 
 def read(sources: Sequence[Path]) -> Converted:
     """From the folder of a whole Janus, one or all of its weight files, or a checkpoint of the tokenizer alone."""
-    found = [path for path in find_files(sources, FILES) if path.suffix != ".json"]
+    found = [path for path in find_files(sources, FILES) if path.suffix != ".json" or ".index." in path.name]
     if not found:
         raise InputError("a checkpoint is needed: a Janus folder or its weight files, and none was found")
     tensors = read_tensors(found, keep=lambda name: name.startswith(INSIDE)) or read_tensors(found)
@@ -47,6 +47,8 @@ def read(sources: Sequence[Path]) -> Converted:
     config, state = read_vqgan(weights, names, bottleneck, origin, image_size=IMAGE_SIZE)
     patches = _patches(sources)
     size = patches * config.trunk.factor if patches else config.image_size
+    if size > LARGEST_SIZE:
+        raise InputError(f"config.json says {patches} codes a side, far more than any Janus has; get the file again")
     return Converted(config.model_copy(update={"image_size": size}), state)
 
 

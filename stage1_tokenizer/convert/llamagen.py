@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, read_tensors
+from common.checkpoints import Weights, find_files, one_checkpoint, read_tensors
 from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import Converted, Names, read_vqgan, refuse_other_families
 
@@ -25,11 +24,9 @@ IGNORED = r"quantize\.codebook_used"  # a statistic of training
 
 def read(sources: Sequence[Path]) -> Converted:
     """From a `vq_ds*.pt` file or the folder of one."""
-    found = find_files(sources, ("vq_ds*.pt", "*.pt", "*.safetensors"))
-    if len(found) != 1:
-        listed = ", ".join(path.name for path in found) or "none"
-        raise InputError(f"one checkpoint is needed, such as vq_ds16_c2i.pt, and {listed} was found")
-    weights = Weights(read_tensors(found), found[0].name, IGNORED)
+    found = find_files(sources, ("vq_ds*.pt", "*.pt", "*.safetensors", "*.bin"))
+    file = one_checkpoint(found, "one checkpoint is needed, such as vq_ds16_c2i.pt")
+    weights = Weights(read_tensors([file]), file.name, IGNORED)
     refuse_other_families(weights, FAMILY, NAMES.encoder_block.format(level=0, block=0) + ".conv1.weight")
     origin = Origin(
         family=FAMILY,

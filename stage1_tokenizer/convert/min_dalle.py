@@ -7,9 +7,8 @@ It has no encoder. Its group norms have PyTorch's default epsilon, where the ori
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, read_tensors
+from common.checkpoints import Weights, find_files, one_checkpoint, read_tensors
 from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import TAMING, Converted, read_vqgan, refuse_other_families
 
@@ -20,9 +19,8 @@ NAMES = TAMING._replace(codebook="embedding.weight")
 def read(sources: Sequence[Path]) -> Converted:
     """From `detoker.pt` or its folder."""
     found = find_files(sources, ("detoker.pt", "detoker*.pt"))
-    if len(found) != 1:
-        raise InputError("one checkpoint is needed, detoker.pt of kuprel/min-dalle or its folder")
-    weights = Weights(read_tensors(found), found[0].name)
+    file = one_checkpoint(found, "one checkpoint is needed, detoker.pt of kuprel/min-dalle or its folder")
+    weights = Weights(read_tensors([file]), file.name)
     refuse_other_families(weights, FAMILY, NAMES.codebook)
     origin = Origin(
         family=FAMILY,

@@ -13,7 +13,9 @@ FAMILY = "mindalle-vqgan"
 
 def read(sources: Sequence[Path]) -> Converted:
     """From `stage1_last.ckpt`, with `config.yaml` if that is given, or from the unpacked folder `1.3B`."""
-    weights, settings = open_checkpoint(sources, ("stage1*.ckpt",), ("config.yaml",))
+    weights, settings = open_checkpoint(
+        sources, ("stage1*.ckpt",), ("config.yaml",), lambda settings: section(settings, "stage1")
+    )
     origin = Origin(
         family=FAMILY,
         project="kakaobrain/minDALL-E",

@@ -20,6 +20,7 @@ from stage1_tokenizer.bottlenecks import BottleneckConfig
 from stage1_tokenizer.convolutions import TrunkConfig
 
 DEFAULT_SIZE = 256  # pixels a side, where a checkpoint does not say
+LARGEST_SIZE = 2**14  # that settings may say: grids of codes and tables of positions are made of it
 
 
 class Converted(NamedTuple):
@@ -48,10 +49,12 @@ class Names(NamedTuple):
 
 
 TAMING = Names()
+SPATIAL = "decoder.norm_out.norm_layer.weight"  # of a decoder with MoVQ's norms under taming's names
 SIGNS = {  # the beginnings of names that tell a family
     "encoder.conv_blocks.": "llamagen-vq",
     "gen_vision_model.": "janus-vq",
     "model.vqmodel.": "janus-vq",
+    "vqmodel.": "janus-vq",
     "encoder.down_blocks.": "diffusers-vq",
     "blocks.group_": "openai-dvae",
     "encoder.down.": "taming-vqgan",
@@ -76,6 +79,8 @@ def read_vqgan(
     `bottleneck` has the codebook's size already. An `image_size` that the factor does not divide is rounded down.
     """
     trunk = _trunk(weights, names, image_channels, norm_groups, norm_eps)
+    if image_size is not None and not 0 < image_size <= LARGEST_SIZE:
+        raise InputError(f"the settings say pictures of {image_size} pixels a side; check the file, or leave it out")
     size = max((image_size or DEFAULT_SIZE) // trunk.factor, 1) * trunk.factor
     config = AutoencoderConfig(image_size=size, trunk=trunk, bottleneck=bottleneck, origin=origin)
     modules = dict(_modules(trunk, names))
@@ -116,6 +121,9 @@ def refuse_other_families(weights: Weights, family: str, needed: str) -> None:
         return
     kinds = (kind for sign, kind in SIGNS.items() if any(name.startswith(sign) for name in weights.tensors))
     hint = next((f"it looks like {kind}" for kind in kinds if kind != family), "check the family and the file")
+    inside = next((name.removesuffix(needed) for name in weights.tensors if name.endswith(f".{needed}")), None)
+    if inside:
+        hint = f"there is one inside '{inside}', so save what is in there under its own names"
     raise InputError(f"{weights.where} is not a checkpoint of {family}: it has no '{needed}'; {hint}")
 
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.checkpoints import read_tensors
 from common.config import Config
-from common.errors import InputError
+from common.errors import InputError, reason
+from common.paths import is_file
 
 LPIPSNet = Literal["vgg", "alex", "squeeze"]
 
@@ -99,13 +101,15 @@ def _torchvision_features(net: LPIPSNet, weights: Path | None) -> nn.Sequential:
     from torchvision import models
 
     name = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}[net]
-    if weights is not None and not weights.is_file():
+    if weights is not None and not is_file(weights):
         raise InputError(f"loss.perceptual.weights: {weights} is not a file; give torchvision's weights of {name}")
     try:
         if weights is None:
             state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = read_tensors([weights])
+    except InputError as error:
+        raise InputError(f"loss.perceptual.weights: {weights} cannot be read as weights: {error}") from error
     except OSError as error:  # URLError is one
         raise InputError(
             f"LPIPS needs torchvision's weights of {name}, which cannot be downloaded ({error}); give the file as "
@@ -123,7 +127,7 @@ def _torchvision_features(net: LPIPSNet, weights: Path | None) -> nn.Sequential:
         features.load_state_dict(found, assign=True)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise InputError(
-            f"{weights or name} does not hold torchvision's {name} ({_line(error)}); give that file"
+            f"{weights or name} does not hold torchvision's {name} ({reason(error)}); give that file"
         ) from error
     for layer in features.modules():  # in place, a later layer would change what a tap has kept
         if isinstance(layer, nn.ReLU):
@@ -142,10 +146,6 @@ def _lpips_heads(net: LPIPSNet) -> list[Tensor]:
     return [state[f"lin{index}.model.1.weight"] for index in range(len(LPIPS_TAPS[net]))]
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 class CLIPFeatures(nn.Module):
     """Mean squared distance between unit-normalised features of a CLIP's ResNet tower, averaged over `stages`."""
 
@@ -157,9 +157,12 @@ class CLIPFeatures(nn.Module):
         import open_clip
         from open_clip.modified_resnet import ModifiedResNet
 
-        if not (folder / "open_clip_config.json").is_file():
+        if not is_file(folder / "open_clip_config.json"):
             raise InputError(f"{folder} has no open_clip_config.json; train it with tessera train reranker")
-        model = open_clip.create_model(f"local-dir:{folder.resolve()}", require_pretrained=True)
+        try:
+            model = open_clip.create_model(f"local-dir:{folder.resolve()}", require_pretrained=True)
+        except Exception as error:  # open_clip, torch and json each raise their own kinds here
+            raise InputError(f"{folder} cannot be loaded as a CLIP ({reason(error)}); restore it") from error
         tower = getattr(model, "visual", None)
         if not isinstance(tower, ModifiedResNet):
             raise InputError(f"{folder} must hold a CLIP with a ResNet image tower, got {type(tower).__name__}")

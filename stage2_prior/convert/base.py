@@ -1,16 +1,16 @@
 """What the converters of priors share."""
 
-import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from common.checkpoints import Weights, need
+from common.checkpoints import Weights, by_checkpoint, need
+from common.containers import matching, refuse_stand_in
 from common.errors import InputError
+from common.files import read_json, read_lines
 from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer import Autoencoder
 from stage2_prior.base import Prior, PriorConfig
@@ -85,22 +85,18 @@ def check_vocabulary(tokenizer: TextTokenizer, known: int) -> None:
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     """A JSON file of tokens and their ids."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); get the file again") from None
+    refuse_stand_in(path)
+    content = read_json(path, "get the file again")
     if not isinstance(content, dict) or not all(isinstance(i, int) for i in content.values()):
         raise InputError(f"{path} must hold tokens with their ids; give a tokenizer's vocabulary")
-    return {str(token): i for token, i in content.items()}
+    return content
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """A text file with a pair of tokens a line below `#version`, the first to be merged first."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file; give a tokenizer's merges") from None
-    pairs = [line.rstrip("\r").split(" ") for line in lines[lines[0].startswith("#version") :] if line.strip()]
+    refuse_stand_in(path)
+    lines = read_lines(path)
+    pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line.strip()]
     if not all(len(pair) == 2 for pair in pairs):
         raise InputError(f"{path} must hold two tokens a line; give a tokenizer's merges")
     return [(first, second) for first, second in pairs]
@@ -113,16 +109,10 @@ def one_file(sources: Sequence[Path], what: str, *patterns: str, optional: bool 
     `what`.
     """
     for pattern in patterns:
-        found = [path for source in sources for path in _matching(source, pattern)]
+        found = by_checkpoint(path for source in sources for path in matching(source, pattern))
         if len(found) > 1:
             listed = ", ".join(path.name for path in found)
             raise InputError(f"{listed} are {len(found)} checkpoints; give the one that is to be converted")
         if found:
             return found[0]
     return None if optional else need(sources, what, *patterns)
-
-
-def _matching(source: Path, pattern: str) -> list[Path]:
-    if source.is_dir():
-        return sorted(path for path in source.glob(pattern) if path.is_file())
-    return [source] if fnmatch(source.name, pattern.rpartition("/")[2]) else []

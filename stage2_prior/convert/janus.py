@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 
 from common.checkpoints import Weights, find_files, need, pick, read_settings, read_tensors, section
 from common.config import Config, Origin, validate
+from common.containers import refuse_stand_in
 from common.errors import InputError
+from common.files import read_json_object
 from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer.convert.janus import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
@@ -43,14 +45,14 @@ LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "
 
 
 class Settings(Config):
-    template: str | None = None  # of the prompt, with {prompt} in it
+    template: str | None = None  # of the prompt, with {prompt} in it; \n in it stands for the end of a line
     text_length: int = Field(256, ge=2)  # tokens of a prompt and its template
 
 
 def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
     config = read_settings(need(sources, PUBLISHED, "config.json"))
-    files = [path for path in find_files(sources, WEIGHTS) if path.suffix in (".safetensors", ".bin", ".pt")]
+    files = [path for path in find_files(sources, WEIGHTS) if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt")]
     if not files:
         need(sources, PUBLISHED, *WEIGHTS)
     tokens = need(sources, PUBLISHED, "tokenizer.json")
@@ -124,7 +126,7 @@ def read(
     theirs = str(names["language_model.embed_tokens"]).removesuffix("embed_tokens")
     vocabulary, dim = weights.shape(f"{theirs}embed_tokens.weight")
     depth = weights.count(theirs + "layers.{}.input_layernorm.weight")
-    heads, mlp_dim = llama["num_attention_heads"], weights.shape(f"{theirs}layers.0.mlp.gate_proj.weight")[0]
+    heads, mlp_dim = _number(llama, "num_attention_heads"), weights.shape(f"{theirs}layers.0.mlp.gate_proj.weight")[0]
     read_off = {"hidden_size": dim, "num_hidden_layers": depth, "intermediate_size": mlp_dim, "vocab_size": vocabulary}
     for key, value in read_off.items():
         if llama.get(key, value) != value:
@@ -132,10 +134,13 @@ def read(
                 f"config.json says {key} {llama[key]}, but {weights.where} has {value}; give the files that belong "
                 "together"
             )
-    head_dim = llama.get("head_dim") or weights.shape(f"{theirs}layers.0.self_attn.q_proj.weight")[0] // heads
+    rows = weights.shape(f"{theirs}layers.0.self_attn.q_proj.weight")[0]
+    if rows % heads:
+        raise InputError(f"config.json says {heads} heads, which do not divide the {rows} rows of {weights.where}")
+    head_dim = _number(llama, "head_dim") if llama.get("head_dim") else rows // heads
     check_vocabulary(text_tokenizer, vocabulary)
     pro = "<|User|>" if "<|User|>" in specials.named else ""
-    template = given.template if given.template is not None else TEMPLATES[pro]
+    template = TEMPLATES[pro] if given.template is None else given.template.replace("\\n", "\n")
     if template.count(PROMPT) != 1:
         raise InputError(f"the template must have {PROMPT} in it once, got '{template}'")
     widths = [weights.shape(f"{names[f'code_mlp.{i}']}.weight")[0] for i in range(_aligner_depth(names))]
@@ -152,7 +157,7 @@ def read(
         num_kv_heads=weights.shape(f"{theirs}layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
         mlp_dim=mlp_dim,
-        norm_eps=llama["rms_norm_eps"],
+        norm_eps=_number(llama, "rms_norm_eps"),
         rope_theta=_rope_theta(llama),
         code_dim=weights.shape(f"{names['code_embedding']}.weight")[1],
         code_mlp=tuple(widths),
@@ -209,11 +214,19 @@ def _aligner_depth(names: Mapping[str, object]) -> int:
 
 def _rope_theta(llama: dict[str, Any]) -> float:
     """Raises InputError for positions that are stretched, which no published Janus has."""
-    rope = llama.get("rope_parameters") or llama.get("rope_scaling") or {}
+    rope = section(llama, "rope_parameters") or section(llama, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise InputError(f"config.json asks for rotary positions of the kind {kind}; only the default can be converted")
-    return float(rope.get("rope_theta", llama["rope_theta"]))
+    return _number(llama | rope, "rope_theta")
+
+
+def _number(settings: dict[str, Any], key: str) -> Any:
+    """Raises InputError unless it is a number above 0."""
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"config.json must have a {key} above 0, got {value!r}; get the file again")
+    return value
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -222,8 +235,9 @@ def _rope_theta(llama: dict[str, Any]) -> float:
 def read_text_tokenizer(path: Path) -> TextTokenizer:
     """The tokenizer with our specials before its own tokens, whose ids move up by their number."""
     plain = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    refuse_stand_in(path)
+    content = read_json_object(path, "get the file again")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         content["model"]["vocab"] = foreign_vocabulary(content["model"]["vocab"])
         added = [{"id": i, "content": special, **plain} for i, special in enumerate(SPECIALS)]
         for entry in content["added_tokens"]:

@@ -17,6 +17,7 @@ from common.config import Config, Origin, validate
 from common.errors import InputError
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert.llamagen import read as read_tokenizer
+from stage1_tokenizer.convert.vqgan import LARGEST_SIZE
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
 from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
@@ -54,7 +55,7 @@ def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
     tokenizer_file = one_file(sources, PUBLISHED, "vq_ds*.pt", optional=True)
     priors = [source for source in sources if source != tokenizer_file]
-    prior_file = one_file(priors, PUBLISHED, "[tc]2i_*.pt", "*.pt")
+    prior_file = one_file(priors, PUBLISHED, "[tc]2i_*.pt", "*.pt", "*.ckpt", "*.safetensors", "*.bin")
     assert prior_file is not None
     tokenizer, factor = None, FACTOR
     if tokenizer_file is not None:
@@ -127,8 +128,10 @@ def _image_size(file: str, given: Settings, factor: int) -> int:
     size = given.image_size or (int(named[1]) if named else None)
     if size is None:
         raise InputError(f"{file} does not say how large its pictures are; give --set image_size=256, 384 or 512")
-    if size < factor or size % factor:
-        raise InputError(f"image_size must be a multiple of the {factor} pixels a side of a code, got {size}")
+    if size % factor or not factor <= size <= LARGEST_SIZE:
+        raise InputError(
+            f"image_size must be a multiple of the {factor} pixels a side of a code, at most {LARGEST_SIZE}, got {size}"
+        )
     return size
 
 

@@ -13,7 +13,9 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from common.checkpoints import Weights, need, read_tensors
 from common.config import Config, Origin, validate
+from common.containers import refuse_stand_in
 from common.errors import InputError
+from common.files import read_lines
 from common.text import TextTokenizer
 from stage1_tokenizer.convert.rudalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
@@ -42,7 +44,7 @@ class Settings(Config):
 
 def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
-    prior_file = need(sources, PUBLISHED, "pytorch_model*.bin", "*.bin")
+    prior_file = need(sources, PUBLISHED, "pytorch_model*.bin", "*.bin", "*.safetensors", "*.pt")
     tokenizer_file = need(sources, PUBLISHED, "vqgan.gumbelf8-sber.model.ckpt", "*.ckpt")
     text_file = need(sources, PUBLISHED, "bpe.model", "*.model")
     text_tokenizer = read_text_tokenizer(text_file)
@@ -132,8 +134,9 @@ def _version(file: str) -> Literal["v2", "v3"]:
 
 def read_text_tokenizer(path: Path) -> TextTokenizer:
     """A model of YouTokenToMe: lines of numbers, which are characters, merges and special ids, in this order."""
+    refuse_stand_in(path)
     try:
-        lines = [[int(number) for number in line.split()] for line in path.read_text(encoding="ascii").splitlines()]
+        lines = [[int(number) for number in line.split()] for line in read_lines(path)]
         characters, merges = lines[0]
         letters = {i: chr(point) for point, i in lines[1 : characters + 1]}
         rules = [(left, right, new) for left, right, new in lines[characters + 1 : characters + merges + 1]]

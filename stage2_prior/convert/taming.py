@@ -13,12 +13,13 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from common.checkpoints import Weights, pick, read_settings, read_tensors, section
+from common.checkpoints import Weights, pick_settings, read_tensors, section
 from common.config import Config, Origin, validate
+from common.containers import matching
 from common.errors import InputError
 from stage1_tokenizer.bottlenecks import GumbelConfig, VQConfig
+from stage1_tokenizer.convert.taming import IBQ_INSTEAD, is_ibq, model_settings, read_taming
 from stage1_tokenizer.convert.taming import IGNORED as TOKENIZER_IGNORED
-from stage1_tokenizer.convert.taming import model_settings, read_taming
 from stage1_tokenizer.convert.vqgan import Converted as ConvertedTokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
@@ -33,7 +34,15 @@ PUBLISHED = (
     "k00.fr/2zz6i2ce, and ade20k_transformer, k00.fr/ot46cksa: give the folder, or both files"
 )
 PARTS = ("transformer.", "first_stage_model.", "cond_stage_model.")
-CHECKPOINTS = ("checkpoints/last.ckpt", "ckpts/last.ckpt", "*.ckpt", "checkpoints/*.ckpt")
+CHECKPOINTS = (
+    "checkpoints/last.ckpt",
+    "ckpts/last.ckpt",
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+)
 SETTINGS = ("configs/*project.yaml", "*project.yaml", "configs/*.yaml", "*.yaml", "*.yml")
 MASK = r"blocks\.\d+\.attn\.mask$"
 
@@ -47,8 +56,8 @@ def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
     given = validate(Settings, dict(settings), where="--set")
     file = one_file(sources, PUBLISHED, *CHECKPOINTS)
     assert file is not None
-    yaml = pick(sources, *SETTINGS)
-    params = section(read_settings(yaml), "model", "params") if yaml is not None else {}
+    yamls = [path for pattern in SETTINGS for source in sources for path in matching(source, pattern)]
+    params = _describes(pick_settings(yamls, _describes))
     tensors = read_tensors([file])
     unknown = sorted(name for name in tensors if not name.startswith(PARTS))
     if unknown:
@@ -76,6 +85,12 @@ def convert(sources: list[Path], settings: Mapping[str, Any]) -> Converted:
         prior.config = prior.config.model_copy(update=fingerprint)
     sampling = Sampling(top_k=600, top_p=0.92) if maps_tokenizer is None else Sampling(top_k=100)
     return Converted(prior, build_tokenizer(*image_tokenizer), sampling, maps_tokenizer)
+
+
+def _describes(settings: dict[str, Any]) -> dict[str, Any]:
+    """What settings say of a transformer and its tokenizers, empty where that is nothing."""
+    params = section(settings, "model", "params")
+    return params if any(name.endswith("_config") for name in params) else {}
 
 
 def read(
@@ -140,6 +155,8 @@ def _inside(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def _tokenizer(tensors: dict[str, Tensor], where: str, stage: dict[str, Any], channels: int) -> ConvertedTokenizer:
     """A VQGAN inside the checkpoint; `stage` is its part of the YAML."""
+    if is_ibq({"model": stage}):
+        raise InputError(f"the tokenizer inside {where} is {IBQ_INSTEAD}")
     weights = Weights(tensors, where, TOKENIZER_IGNORED)
     return read_taming(weights, FAMILY, _origin(where), model_settings({"model": stage}), image_channels=channels)
 

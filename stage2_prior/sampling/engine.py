@@ -24,7 +24,7 @@ from stage2_prior.fused import Linear, RMSNorm
 from stage2_prior.sampling.cpu import CPUEngine
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.kernels import KINDS
-from stage2_prior.sampling.quantized import MULTIPLE
+from stage2_prior.sampling.quantized import MULTIPLE, without_fp8
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTConfig, GPTPrior
 
@@ -92,6 +92,8 @@ def _unavailable(prior: Prior, precision: Precision) -> str:
         return "" if precision in KINDS else "it is on a CPU, whose engine knows " + ", ".join(KINDS)
     if precision not in ("int8", "fp8"):
         return "it is on a GPU; load it with the dtype you want"
+    if precision == "fp8" and (reason := without_fp8()):
+        return reason
     if precision == "fp8" and torch.cuda.get_device_capability(weight.device) < FP8_CAPABILITY:
         return f"{torch.cuda.get_device_name(weight.device)} does not multiply in fp8; take int8"
     if any(side % MULTIPLE for side in (prior.config.dim, int(prior.config.dim * prior.config.mlp_ratio))):

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
+from common.errors import InputError
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block
 
@@ -19,6 +19,13 @@ FEWEST = 32  # rows that `_int_mm` multiplies on a GPU
 MULTIPLE = 16  # of both sides of a weight, for the GPU's kernels
 
 Product = Callable[[Tensor], Tensor]
+
+
+def without_fp8() -> str:
+    """Why this torch does not multiply in fp8, in one clause; empty when it does."""
+    if hasattr(F, "scaled_mm"):
+        return ""
+    return f"torch {torch.__version__} does not multiply in it; take int8, or torch 2.10 or newer"
 
 
 class Products(NamedTuple):
@@ -56,12 +63,14 @@ class Int8:
 
 class FP8:
     def __init__(self, layer: nn.Linear) -> None:
+        if reason := without_fp8():
+            raise InputError(f"weights cannot be kept in fp8: {reason}")
         weight, scale = to_fp8(layer.weight.detach())
         self.weight, self.scale = weight.T, scale.T.contiguous()  # (in, out), (1, out)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, scale = to_fp8(x)
-        by_row = ScalingType.RowWise
+        by_row = F.ScalingType.RowWise
         sums = F.scaled_mm(rows, self.weight, scale, by_row, self.scale, by_row, output_dtype=torch.bfloat16)
         return sums.to(x.dtype)
 

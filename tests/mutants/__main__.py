@@ -7,13 +7,11 @@ each with the reason, and they are not drawn. docs/testing.md has the score.
 """
 
 import argparse
-import fnmatch
 import importlib
 import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -23,23 +21,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-import yaml
 
 from tests.mutants.mutations import Mutant, Place, mutate, places
+from tests.mutants.tables import ROOT, Concern, Equivalents, bare, read_concerns, read_equivalents
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 LIBRARIES = """pytest hypothesis numpy PIL.Image yaml pydantic typer tqdm einops safetensors.torch torch
     torch.utils.tensorboard torchvision transformers tokenizers open_clip accelerate ftfy huggingface_hub
     peft torchmetrics""".split()
-
-
-class Concern(NamedTuple):
-    name: str
-    sources: list[str]
-    tests: list[list[str]]  # arguments of pytest, one list a run, the quickest first
 
 
 def main() -> int:
@@ -85,41 +73,7 @@ def _arguments() -> argparse.Namespace:
 # The sample -----------------------------------------------------------------------------------------------------------
 
 
-def read_concerns(only: list[str]) -> list[Concern]:
-    """The concerns of the table with those of their sources that fit one of the patterns, or whose concern does."""
-    content = yaml.safe_load((HERE / "concerns.yaml").read_text(encoding="utf-8"))
-    concerns = []
-    for name, parts in content.items():
-        sources = [str(p.relative_to(ROOT)) for pattern in parts["sources"] for p in sorted(ROOT.glob(pattern))]
-        chosen = [s for s in sources if any(fnmatch.fnmatch(s, p) or fnmatch.fnmatch(name, p) for p in only)]
-        if chosen:
-            concerns.append(Concern(name, chosen, [_words(line) for line in parts["tests"]]))
-    return concerns
-
-
-def _words(line: str) -> list[str]:
-    """`tests/test_x.py -k a or b` -> its arguments."""
-    files, _, chosen = line.partition(" -k ")
-    return [*files.split(), *(["-k", chosen] if chosen else [])]
-
-
-def read_equivalents() -> set[tuple[str, str, str]]:
-    """Mutants that do not change behaviour, as (file, line before, line after) without white space."""
-    content = yaml.safe_load((HERE / "equivalents.yaml").read_text(encoding="utf-8")) or []
-    return {(row["file"], _bare(row["before"]), _bare(row["after"])) for row in content}
-
-
-def _key(mutant: Mutant) -> tuple[str, str, str]:
-    return mutant.place.file, _bare(mutant.before), _bare(mutant.after)
-
-
-def _bare(line: str) -> str:
-    return re.sub(r"\s+", "", line)
-
-
-def draw(
-    concerns: list[Concern], seed: int, equivalents: set[tuple[str, str, str]]
-) -> Iterator[tuple[Concern, Mutant]]:
+def draw(concerns: list[Concern], seed: int, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
     """Mutants in random order, the concerns in turn, one of each line before a second of any."""
     queues = [_drawn_of(c, random.Random(f"{seed} {c.name}"), equivalents) for c in concerns]
     while queues:
@@ -130,9 +84,7 @@ def draw(
                 queues.remove(queue)
 
 
-def survivors_of(
-    record: Path, concerns: list[Concern], equivalents: set[tuple[str, str, str]]
-) -> Iterator[tuple[Concern, Mutant]]:
+def survivors_of(record: Path, concerns: list[Concern], equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
     """Those of an earlier run, where the sources are still the same."""
     by_name = {concern.name: concern for concern in concerns}
     for row in json.loads(record.read_text(encoding="utf-8")):
@@ -143,9 +95,7 @@ def survivors_of(
                 yield by_name[row["concern"]], mutant
 
 
-def _drawn_of(
-    concern: Concern, rng: random.Random, equivalents: set[tuple[str, str, str]]
-) -> Iterator[tuple[Concern, Mutant]]:
+def _drawn_of(concern: Concern, rng: random.Random, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in concern.sources}
     found: list[Place] = [p for name in sources for p in places(name, sources[name])]
     rng.shuffle(found)
@@ -158,6 +108,10 @@ def _drawn_of(
         mutant = mutate(place, sources[place.file])
         if mutant and _key(mutant) not in equivalents:
             yield concern, mutant
+
+
+def _key(mutant: Mutant) -> tuple[str, str, str]:
+    return mutant.place.file, bare(mutant.before), bare(mutant.after)
 
 
 # Running --------------------------------------------------------------------------------------------------------------
