@@ -440,3 +440,13 @@ def test_a_trial_is_kept_when_it_takes_a_tenth_less(monkeypatch):
         for _ in range(3):
             pace.run(world.step)
         assert world.asked == [8, 8, 4] and pace.threads == kept
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_prior_with_hooks_has_no_engine(kind):
+    prior = make_prior()
+    assert unsupported(prior) == ""
+    hook = getattr(prior.blocks[1].mlp_in, kind)(lambda *arguments: None)
+    assert "does not know the prior's blocks.1.mlp_in (Linear)" in unsupported(prior)
+    hook.remove()
+    assert unsupported(prior) == ""

@@ -10,7 +10,14 @@ from common.errors import InputError
 from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling.parts import draw_in_parts
-from stage2_prior.sampling.prune import codes_drawn, most_promising, plan_pruning, sample_pruned
+from stage2_prior.sampling.prune import (
+    Plan,
+    codes_drawn,
+    likelihood_gain,
+    most_promising,
+    plan_pruning,
+    sample_pruned,
+)
 from stage2_prior.sampling.sample import Drawing, draw, sample_scored
 from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
 
@@ -357,3 +364,29 @@ def test_kept_images_go_on_as_they_would_have(prior):
     drawing.keep(torch.tensor([3, 0]))
     drawing.advance(prior.length)
     assert torch.equal(drawing.codes, sample(prior, prefix, [3, 0], sampling))
+
+
+def test_the_likelihood_gain_is_the_prompt_s_less_a_quarter_of_the_null_s(prior):
+    drawing = Drawing(prior, prior.prefix(TEXTS[:1]), range(4), Sampling(guidance_scale=2), scored=True)
+    drawing.advance(5)
+    expected = (drawing.log_probs - drawing.null_log_probs / 4).sum(1)
+    torch.testing.assert_close(likelihood_gain(drawing), expected)
+    assert (drawing.null_log_probs[:, :5] < 0).all() and not drawing.null_log_probs[:, 5:].any()
+
+
+@pytest.mark.parametrize("nulls", [["a dog"], ["a cat", "a dog"], None])
+def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls):
+    """Each prompt from its own or from the only one, also where the prompts are pruned in two halves."""
+    prefix, plan, sampling = prior.prefix(TEXTS), plan_pruning(6, prior.length, 0.5), Sampling(guidance_scale=2)
+    null = None if nulls is None else prior.prefix(nulls)
+    pruned = sample_pruned(prior, prefix, [*range(6)] * 2, plan, sampling, null=null)
+    whole = sample(prior, prefix, [*range(6)] * 2, sampling, null=null)
+    rows = (pruned.chosen + torch.tensor([[0], [6]])).flatten()
+    assert torch.equal(pruned.sampled.codes, whole[rows])
+
+
+def test_what_pruning_draws_is_counted_by_hand():
+    """5 of 8 candidates to position 4 of 10, of which 1 code is given: 8 x 3 and 5 x 6, and 5 x 3 again in parts."""
+    plan = Plan(position=4, survivors=5)
+    assert codes_drawn(plan, 8, 10, 1, batch_size=8) == 24 + 30
+    assert codes_drawn(plan, 8, 10, 1, batch_size=7) == 24 + 30 + 15
