@@ -3,6 +3,7 @@
 # make lint    ruff and mypy
 # make check   test and lint
 # make test-oldest   the whole test suite on Python 3.11 and the oldest release of everything (tests/oldest.txt)
+# make mutants       plants small faults for ten minutes and counts how many the tests notice (docs/testing.md)
 #
 # Each makes the environment it needs first, in $(VENV): demo needs the package alone, the others the `dev` extra.
 # That of test-oldest is $(OLDEST), and never $(VENV).
@@ -10,6 +11,7 @@
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 JOBS ?= 2
+SEED ?= 0
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call usable,$(name))))
 usable = $(shell $(1) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo $(1))
 PYTHON_OLDEST ?= $(firstword $(foreach name,python3.11 python3 python,$(call is_311,$(name))))
@@ -21,7 +23,7 @@ PROMPT ?= a red heart above a blue circle
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: setup demo test test-oldest lint check
+.PHONY: setup demo test test-oldest lint check mutants
 .DEFAULT_GOAL := check
 
 setup: $(VENV)/.dev
@@ -42,6 +44,9 @@ lint: $(VENV)/.dev
 
 check: lint test
 
+mutants: $(VENV)/.mutants
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.mutants --jobs $(JOBS) --minutes 8 --seed $(SEED)
+
 # One environment with two stamps: the development one holds all that the demo needs.
 $(VENV)/.base: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --editable .
@@ -50,6 +55,10 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/pip
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --editable '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(VENV)/.mutants: $(VENV)/.dev
+	$(VENV)/bin/pip install --editable '.[dev,mutants]'
+	@touch $@
 
 $(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "tessera needs Python 3.11 to 3.14; none was found (or give PYTHON=...)" >&2; exit 2; }

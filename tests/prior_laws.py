@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior import Sampling, sample
-from stage2_prior.base import Prior
+from stage2_prior.base import Cache, Prior
 from stage2_prior.sampling.sample import draw
 from stage2_prior.sampling.settings import filter_logits, guide
 
@@ -24,6 +24,7 @@ def check_laws(prior: Prior, prefix: Tensor, guided: bool = True) -> None:
     check_causality(prior, prefix, codes)
     check_gradients(lambda read: prior(prefix, read), codes, (codes + 1) % prior.codebook_size)
     check_steps(prior, prefix, codes)
+    check_cache(prior, prefix)
     for scale in (1.0, 2.5) if guided else (1.0,):
         sampling = Sampling(guidance_scale=scale, temperature=0.9, top_k=prior.codebook_size - 1)
         seeds = [*range(3)] * len(prefix)
@@ -99,6 +100,20 @@ def check_steps(prior: Prior, prefix: Tensor, codes: Tensor) -> None:
         if t < prior.length - 1:
             logits = prior.step(codes[:, t], cache)
     torch.testing.assert_close(total, forced, rtol=0, atol=1e-4)
+
+
+def check_cache(prior: Prior, prefix: Tensor) -> None:
+    """The cache of a sequence has as many numbers as the prior says, with or without the last code, which none reads.
+
+    How many images are drawn at once follows from that."""
+    least, most = (_numbers(prior.prefill(prefix[:1], length)[1]) for length in (prior.length - 1, prior.length))
+    assert least <= prior.cache_numbers() <= most
+
+
+def _numbers(cache: Cache) -> int:
+    parts = vars(cache).values()
+    tensors = sum(part.numel() for part in parts if isinstance(part, Tensor) and part.ndim > 2)
+    return tensors + sum(_numbers(part) for part in parts if isinstance(part, Cache))
 
 
 def uncached(prior: Prior, prefix: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:

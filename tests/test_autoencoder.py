@@ -254,6 +254,27 @@ def test_wrong_input_is_refused_with_its_shape():
         AutoencoderConfig(image_size=18, trunk=TrunkConfig(channels=32, multipliers=(1, 1, 1)))
 
 
+@pytest.mark.parametrize(
+    "trunk, message",
+    [
+        ({"channels": 48, "multipliers": (1, 2)}, r"norm_groups 32 must divide the widths \[48, 96\]"),
+        ({"stem_channels": 48}, "norm_groups 32 must divide"),
+        ({"decoder_multipliers": (1, 1)}, "must name 3 levels"),
+        ({"decoder": "modulated", "patch_size": 2}, "needs patch_size 1"),
+        ({"channels": 48, "norm_groups": 16, "decoder": "modulated"}, "widths divisible by 32"),
+        ({"image_channels": 4, "encoder": "patchwise"}, "image_channels 4 needs a convolutional"),
+        ({"image_channels": 4, "decoder": "modulated"}, "image_channels 4 needs a convolutional"),
+        ({"encoder_attention": (3,)}, r"attention levels must be in \[0, 3\)"),
+        ({"decoder_attention": (0, -1)}, r"attention levels must be in \[0, 3\)"),
+    ],
+)
+def test_sizes_of_a_trunk_that_do_not_go_together_are_refused(trunk, message):
+    fits = {"channels": 32, "multipliers": (1, 1, 2), "norm_groups": 32}
+    TrunkConfig(**fits, encoder_attention=(0, 2), decoder_attention=(2,), stem_channels=64)
+    with pytest.raises(ValueError, match=message):
+        TrunkConfig(**{**fits, **trunk})
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"

@@ -512,3 +512,13 @@ def test_wrong_sizes_are_refused():
         LFQConfig(codebook_size=12)
     with pytest.raises(ValidationError, match="greater than or equal to 3"):
         FSQConfig(levels=(8, 2))
+
+
+@pytest.mark.parametrize("most", [1, 20, 1000])
+def test_the_nearest_code_is_found_in_parts(most, monkeypatch):
+    """However few distances are computed at once, the same codes as by brute force."""
+    monkeypatch.setattr("stage1_tokenizer.bottlenecks.codebook.MOST_DISTANCES", most)
+    vectors, codebook = torch.randn(13, 4), torch.randn(7, 4)
+    codes = nearest(vectors, codebook)
+    distances = (vectors[:, None] - codebook).square().sum(-1)
+    assert torch.equal(codes, distances.argmin(1))

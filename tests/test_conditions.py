@@ -8,9 +8,10 @@ import torch
 from common.errors import InputError
 from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
-from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
+from stage2_prior.base import class_labels
+from stage2_prior.pixelcnn import ConditionReader, PixelCNNConfig, PixelCNNPrior
 from stage2_prior.sampling.settings import guide
-from tests.prior_laws import check_gradients
+from tests.prior_laws import check_gradients, check_steps
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心"]
 KINDS = {
@@ -165,6 +166,12 @@ def test_a_condition_of_another_kind_or_size_is_refused(kind):
         maps.prefix(segmentation=torch.zeros(1, 1, 2, 2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"codes of a map must be in \[0, 7\), got 0 to 9"):
         maps.prefix(segmentation=torch.tensor([0, 1, 2, 3, 4, 5, 6, 9]).view(1, 2, 2, 2))
+    for code in (7, -1):
+        with pytest.raises(
+            InputError, match=rf"codes of a map must be in \[0, 7\), got {min(code, 0)} to {max(code, 0)}"
+        ):
+            maps.prefix(segmentation=torch.tensor([0] * 7 + [code]).view(1, 2, 2, 2))
+    assert maps.prefix(segmentation=torch.tensor([0] * 7 + [6]).view(1, 2, 2, 2)).shape == (1, 8)
     with pytest.raises(InputError, match="draws from segmentation maps and was given class labels"):
         maps.prefix(classes=[1])
 
@@ -212,3 +219,46 @@ def test_a_deep_pixelcnn_has_no_blind_spot():
         logits[0, t].sum().backward(retain_graph=True)
         found = seen[0].grad.view(36, -1).abs().sum(-1) > 0
         assert found[:t].all() and not found[t:].any()
+
+
+def test_ids_of_no_condition_stand_behind_those_of_the_condition():
+    sizes = {"codebook_size": 11, "code_shape": (1, 2, 2), "dim": 16, "depth": 1, "num_heads": 2}
+    maps = {"segmentation_codebook_size": 7, "segmentation_code_shape": (2, 3, 5)}
+    for config, null, ids, prefix in (
+        (GPTConfig(condition="segmentation", **sizes, **maps), 14, 15, 30),
+        (GPTConfig(condition="class", class_names=("cat", "dog", "owl"), **sizes), 3, 4, 1),
+        (GPTConfig(condition="none", **sizes), 0, 1, 1),
+    ):
+        assert (config.null_id, config.prefix_vocab_size, config.prefix_length) == (null, ids, prefix)
+
+
+def test_class_labels_count_from_0():
+    device = torch.device("cpu")
+    assert class_labels([0, 2], 3, device).tolist() == [[0], [2]]
+    for wrong in (-1, 3):
+        with pytest.raises(InputError, match=rf"must be in \[0, 3\), got {wrong}"):
+            class_labels([0, wrong], 3, device)
+
+
+@torch.no_grad()
+def test_a_map_is_the_sum_of_its_codes_through_residual_convolutions():
+    """With kernels that hand each position on as it is, x becomes x + gelu(x), once for each convolution."""
+    prior = make("pixelcnn", "segmentation", (1, 4, 4))
+    reader = next(module for module in prior.modules() if isinstance(module, ConditionReader))
+    for convolution in reader.convolutions:
+        torch.nn.init.dirac_(convolution.weight)
+        torch.nn.init.zeros_(convolution.bias)
+    prefix = prefixes(prior)  # codes (q, h, w) of (2, 2, 2)
+    x = reader.embedding(prefix).view(3, 2, 2, 2, -1).sum(3).movedim(-1, 1)  # by position, the codebooks side by side
+    x = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    for _ in range(2):
+        x = x + torch.nn.functional.gelu(x)
+    torch.testing.assert_close(reader(prefix), x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("code_shape", [(1, 3, 1), (1, 1, 3), (2, 1, 1)])
+def test_grids_of_one_row_or_column(code_shape):
+    for kind in KINDS:
+        prior = make(kind, "class", code_shape)
+        check_steps(prior, prefixes(prior), random_codes(prior, 3))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,9 +8,10 @@ from PIL import Image
 
 from common.data import ImageFolder, Order, Steps
 from common.errors import InputError
-from common.folder import read_items
+from common.folder import Item, read_items
 from common.images import open_image, read_origin, save_png, to_pil, to_tensor
 from common.metrics import perplexity, psnr
+from stage2_prior.codes import Codes, CodesSteps
 
 
 @pytest.fixture
@@ -99,6 +101,34 @@ def test_processes_share_the_global_batch(folder):
     whole = Steps(data, 4, seed=1)[2].images
     parts = [Steps(data, 4, seed=1, rank=rank, world=2)[2].images for rank in range(2)]
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), whole)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "codes"])
+def test_processes_draw_their_captions_apart(kind):
+    """Each process draws which of a picture's captions it reads: anew each step, by another number than its neighbour,
+    the same again in another run."""
+    choices = tuple(str(number) for number in range(1000))
+    if kind == "pictures":
+        folder = ImageFolder.__new__(ImageFolder)
+        folder.items = [Item(Path(str(i)), choices, 1.0, "") for i in range(8)]
+        folder.size, folder.image = 8, lambda index: torch.zeros(3, 8, 8)
+        make = Steps
+    else:
+        folder = Codes.__new__(Codes)
+        folder.captions, folder.weights, folder.labels, folder.segmentation = [choices] * 8, [1.0] * 8, [], None
+        folder.codes = torch.zeros(8, 4, dtype=torch.int32)
+        make = CodesSteps
+    drawn = {
+        (seed, step, rank): make(folder, 8, seed, rank=rank, world=2)[step].captions
+        for seed in (0, 1)
+        for step in (0, 1)
+        for rank in (0, 1)
+    }
+    assert len({tuple(captions) for captions in drawn.values()}) == 8
+    for (seed, step, rank), captions in drawn.items():
+        assert make(folder, 8, seed, rank=rank, world=2)[step].captions == captions
+        assert len(set(captions)) > 1  # one draw for each picture
+    assert {0, 1} == {int(captions[0]) // 500 for captions in drawn.values()}  # from the first to the last
 
 
 def test_png_carries_its_origin(tmp_path):

@@ -117,6 +117,10 @@ def test_the_discriminator_is_turned_down_while_pictures_are_worse_and_up_again(
     ]
     visits(doctor, vq, PLENTY, 10.0, times=2)
     assert doctor.learning_rate_share == 0.5
+    visits(doctor, vq, PLENTY, 10.0, times=100)
+    assert doctor.learning_rate_share == LEAST_SHARE and doctor.adversarial_share == 1  # nobody to turn down
+    visits(doctor, vq, PLENTY, 10.0, adversarial=True, times=100)
+    assert doctor.learning_rate_share == LEAST_SHARE == doctor.adversarial_share
 
 
 def test_losses_that_join_are_not_an_illness():
@@ -274,3 +278,14 @@ def test_two_processes_keep_one_codebook_and_prescribe_alike(world, tmp_path, ki
     assert patience == 5 and max(unused) <= 5  # the recipe has no revival: the doctor prescribed it, to both
     shards = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(shards[-1])["step"] == 40
+
+
+def test_the_discriminator_is_turned_up_once_half_of_what_was_lost_is_back():
+    doctor, vq = doctor_of(largest_fall=2.0)
+    visits(doctor, vq, PLENTY, 20.0)
+    visits(doctor, vq, PLENTY, 17.0, adversarial=True)
+    for psnr in (18.5, 18.9):  # 1.5 and 1.1 below the best, of which 1 is half of the largest fall
+        visits(doctor, vq, PLENTY, psnr, adversarial=True, times=3)
+        assert doctor.adversarial_share == 0.5
+    visits(doctor, vq, PLENTY, 19.0, adversarial=True)
+    assert doctor.adversarial_share == 1

@@ -1,5 +1,6 @@
 """The sampling engines: the prior's own numbers, and rows that do not depend on the rows beside them."""
 
+import math
 import re
 import subprocess
 import sys
@@ -374,3 +375,78 @@ def test_one_image_that_does_not_fit_and_other_errors_are_raised(monkeypatch, ca
     with pytest.raises(type(error), match=str(error)):
         sample(prior, inputs(prior, 1)[0], range(2))
     assert ("drawing 1 and 1" in capsys.readouterr().err) == isinstance(error, MemoryError)
+
+
+def test_a_gpu_keeps_8_bits_of_widths_that_are_multiples_of_16():
+    """Asked of priors on torch's meta device, which are not on a CPU and need no GPU."""
+    for dim, mlp_ratio, fits in ((48, 2.0, True), (40, 2.0, False), (48, 2.25, False), (32, 1.5, True)):
+        prior = make_prior(dim=dim, mlp_ratio=mlp_ratio).to("meta")
+        assert (engines._unavailable(prior, "int8") == "") == fits
+    assert engines._unavailable(prior, "bfloat16") == "it is on a GPU; load it with the dtype you want"
+    assert engines._unavailable(make_prior(), "fp8") == "it is on a CPU, whose engine knows float32, bfloat16, int8"
+
+
+class World:
+    """Where a step takes as long as its threads say, by a clock of its own."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.asked = seconds, 0.0, []
+
+    def perf_counter(self):
+        return self.now
+
+    def step(self, threads):
+        self.asked.append(threads)
+        self.now += self.seconds[threads]
+
+
+@pytest.mark.parametrize("fastest", [1, 2, 4, 8])
+def test_the_fastest_number_of_threads_is_found_and_found_again(fastest, monkeypatch):
+    def seconds(best):
+        return {threads: 1 + abs(math.log2(threads / best)) for threads in (1, 2, 4, 8)}
+
+    world, pace = World(seconds(fastest)), cpu.Pace()
+    monkeypatch.setattr(cpu, "time", world)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for _ in range(400):
+        pace.run(world.step)
+    assert pace.threads == fastest and world.asked[:2] == [8, 8]
+    late = world.asked[-200:]
+    assert 0 < 200 - late.count(fastest) < 8  # tries others now and then
+    world.seconds = seconds(16 // fastest / 2)  # the other end
+    for _ in range(800):
+        pace.run(world.step)
+    assert pace.threads == 16 // fastest // 2
+
+
+def test_what_a_step_takes_of_late(monkeypatch):
+    """Each step counts for 0.3, the mean of all before for 0.7; a single thread has nothing to try."""
+    world, pace, expected = World({1: 2.0}), cpu.Pace(), 2.0
+    monkeypatch.setattr(cpu, "time", world)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pace.run(world.step)
+    for took in (1.0, 4.0, 3.0, 3.0):
+        world.seconds = {1: took}
+        pace.run(world.step)
+        expected = 0.7 * expected + 0.3 * took
+        assert pace.usual == pytest.approx(expected) and pace.threads == 1
+
+
+def test_a_trial_is_kept_when_it_takes_a_tenth_less(monkeypatch):
+    for share, kept in ((0.89, 4), (0.91, 8)):
+        world, pace = World({8: 1.0, 4: share, 2: 5.0}), cpu.Pace()
+        monkeypatch.setattr(cpu, "time", world)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+        for _ in range(3):
+            pace.run(world.step)
+        assert world.asked == [8, 8, 4] and pace.threads == kept
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_prior_with_hooks_has_no_engine(kind):
+    prior = make_prior()
+    assert unsupported(prior) == ""
+    hook = getattr(prior.blocks[1].mlp_in, kind)(lambda *arguments: None)
+    assert "does not know the prior's blocks.1.mlp_in (Linear)" in unsupported(prior)
+    hook.remove()
+    assert unsupported(prior) == ""

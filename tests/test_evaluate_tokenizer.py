@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -80,6 +81,49 @@ def test_one_picture_has_no_frechet_distance(tiny_parts, resnet, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "one.png")
     with pytest.raises(InputError, match="has 1 picture, a Fréchet distance needs at least 2"):
         evaluate(tiny_parts / "image_tokenizer", tmp_path, clip=resnet)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stages", [(0, 1, 2, 3), (2,), (0, 4), (3, 1)])
+def test_the_features_of_a_clip_are_those_of_its_stages(resnet, stages):
+    """Against open_clip's own tower, stage by stage: unit length along the channels, distances averaged over stages."""
+    torch.manual_seed(0)
+    images, reference = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    features = CLIPFeatures(resnet, stages)
+    tower = open_clip.create_model(f"local-dir:{resnet}").visual.eval()
+    mean, std = (torch.tensor(tower.preprocess_cfg[key]) for key in ("mean", "std"))
+
+    def expected(images):
+        x = tower.stem(((images + 1) / 2 - mean[:, None, None]) / std[:, None, None])
+        found = {0: x}
+        for stage in range(1, 5):
+            found[stage] = x = getattr(tower, f"layer{stage}")(x)
+        return [found[stage] / found[stage].norm(dim=1, keepdim=True).clamp_min(1e-6) for stage in sorted(stages)]
+
+    for ours, theirs in zip(features.features(images), expected(images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    pairs = zip(expected(images), expected(reference), strict=True)
+    distance = sum((a - b).square().sum(1).mean() for a, b in pairs) / len(stages)
+    torch.testing.assert_close(features(images, reference), distance, rtol=1e-4, atol=1e-5)
+    assert float(features(images, images)) == 0 and not features.train().training
+    assert not any(parameter.requires_grad for parameter in features.parameters())
+
+
+@torch.no_grad()
+def test_embeddings_of_a_clip_are_open_clips(resnet):
+    features, model = CLIPFeatures(resnet, (0,)), open_clip.create_model(f"local-dir:{resnet}").eval()
+    mean, std = (torch.tensor(model.visual.preprocess_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    images = torch.rand(2, 3, 32, 32)
+    theirs = model.encode_image((images - mean) / std)
+    torch.testing.assert_close(features.embed(images * 2 - 1), theirs, rtol=1e-4, atol=1e-5)
+    large = images.repeat_interleave(2, -1).repeat_interleave(2, -2)  # comes down to nearly what it was made from
+    assert float((features.embed(large * 2 - 1) - theirs).norm() / theirs.norm()) < 0.5
+
+
+@pytest.mark.parametrize("stages", [(5,), (-1, 2)])
+def test_stages_that_a_tower_does_not_have_are_refused(resnet, stages):
+    with pytest.raises(InputError, match="stages must be among 0 to 4"):
+        CLIPFeatures(resnet, stages)
 
 
 def test_broken_pictures_are_skipped_named_and_left_out_of_the_figures(tiny_parts, folder, tmp_path, capsys):

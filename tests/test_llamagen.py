@@ -431,3 +431,16 @@ def test_zeros_in_the_prefix_are_not_the_identity():
     identity = reference.logits(embedded, [0], codes)
     assert (zeros - identity).abs().max() > 1e-2
     assert F.cosine_similarity(zeros.flatten(), identity.flatten(), dim=0) < 0.9999
+
+
+def test_heads_are_those_of_the_published_sizes():
+    """LlamaGen's B, L, XL, XXL and 3B: 64 numbers a head, 100 in the largest."""
+    widths = {(12, 768): 64, (24, 1024): 64, (36, 1280): 64, (48, 1536): 64, (24, 3200): 100}
+    assert {size: size[1] // heads for size, heads in converter.HEADS.items()} == widths
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="nothing.pt is neither a file nor a folder"):
+        convert_prior("llamagen", [tmp_path / "nothing.pt"])
+    with pytest.raises(InputError, match="llamagen needs its files"):
+        convert_prior("llamagen", [])

@@ -1,6 +1,7 @@
 """Sampling (stage2_prior/sampling/): what the settings do, given codes, log-probabilities, early pruning."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ import torch
 from common.errors import InputError
 from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
-from stage2_prior.sampling.prune import codes_drawn, most_promising, plan_pruning, sample_pruned
+from stage2_prior.sampling.parts import draw_in_parts
+from stage2_prior.sampling.prune import (
+    Plan,
+    codes_drawn,
+    likelihood_gain,
+    most_promising,
+    plan_pruning,
+    sample_pruned,
+)
 from stage2_prior.sampling.sample import Drawing, draw, sample_scored
 from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
 
@@ -76,6 +85,27 @@ def test_filters_follow_their_order():
     for top_p, count in ((0.6, 1), (0.63, 2)):
         assert int((filter_logits(logits, Sampling(top_k=2, top_p=top_p)) > -torch.inf).sum()) == count
     assert int((filter_logits(logits, Sampling(top_p=0.6)) > -torch.inf).sum()) == 2
+
+
+@pytest.mark.parametrize("margin", [0.001, 0.01])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_top_p_keeps_the_fewest_codes_that_reach_it(margin, temperature):
+    """Just above 0.4, 0.7, 0.85 or 0.95, which are the sums of the likeliest, it takes a code more than just below."""
+    probabilities = torch.tensor([0.15, 0.4, 0.05, 0.3, 0.1])  # not in order
+    logits = probabilities.log() * temperature  # of which the temperature makes these probabilities
+    for count, total in enumerate((0.4, 0.7, 0.85, 0.95), 1):
+        for top_p, expected in ((total - margin, count), (total + margin, count + 1)):
+            sampling = Sampling(top_p=top_p, temperature=temperature)
+            kept = filter_logits(logits.expand(2, -1), sampling) > -torch.inf
+            likeliest = probabilities.argsort(descending=True)[:expected]
+            assert kept.sum(-1).tolist() == [expected] * 2 and kept[:, likeliest].all(), (top_p, expected)
+
+
+def test_top_p_of_one_and_the_largest_top_k_leave_all_codes():
+    logits = torch.randn(3, 50) * 20  # some with probability 0 in float32
+    for sampling in (Sampling(top_p=1.0), Sampling(top_k=50), Sampling(top_k=51)):
+        assert torch.equal(filter_logits(logits, sampling), logits)
+    assert (filter_logits(logits, Sampling(top_k=49)) > -torch.inf).sum(-1).tolist() == [49] * 3
 
 
 def test_top_k_beyond_the_codebook_takes_all_of_it(prior):
@@ -173,6 +203,64 @@ def test_given_codes_that_are_none_are_refused(prior):
             sample(prior, prefix, [0], first_codes=wrong)
 
 
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection(monkeypatch):
+    """Collecting garbage takes a tenth of a second each time."""
+    monkeypatch.setattr("stage2_prior.sampling.parts.gc.collect", lambda: 0)
+
+
+class Part(NamedTuple):
+    rows: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["python", "gpu", "cpu"],
+)
+@pytest.mark.parametrize("prefixes", [1, 2, 3])
+@pytest.mark.parametrize("room", [1, 2, 5, 12])
+def test_what_does_not_fit_is_drawn_in_parts(error, prefixes, room, no_collection, capsys):
+    asked = []
+
+    def draw(which, seeds):
+        asked.append(len(seeds))
+        count = which.stop - which.start
+        assert count > 0 and len(seeds) % count == 0
+        if len(seeds) > room:
+            raise error
+        rows = [(which.start + i * count // len(seeds), seed) for i, seed in enumerate(seeds)]
+        return Part(torch.tensor(rows))
+
+    seeds = list(range(100, 112))
+    drawn = draw_in_parts(draw, prefixes, seeds)
+    assert drawn.rows.tolist() == [[i * prefixes // 12, seed] for i, seed in enumerate(seeds)]
+    said = capsys.readouterr().err
+    assert ("12 images at once do not fit in memory; drawing " in said) == (room < 12)
+    if room == 5:
+        assert asked == {1: [12, 6, 3, 3, 6, 3, 3], 2: [12, 6, 3, 3, 6, 3, 3], 3: [12, 4, 8, 4, 4]}[prefixes]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("another"), MemoryError(), ValueError("allocate memory")])
+def test_what_parts_cannot_help_is_raised(error, no_collection):
+    asked = []
+
+    def draw(which, seeds):
+        asked.append(len(seeds))
+        raise error
+
+    with pytest.raises(type(error)):
+        draw_in_parts(draw, 1, range(4))
+    assert asked == ([4, 2, 1] if isinstance(error, MemoryError) else [4])
+
+
 # Early pruning --------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +285,29 @@ def test_what_is_finished_is_what_the_full_run_draws(prior, batch_size, first_co
         torch.testing.assert_close(ours, whole[best], rtol=0, atol=1e-5)
     assert torch.equal(pruned.sampled.codes, full.codes[best])
     assert sum(counted) == codes_drawn(plan, 8, prior.length, given, batch_size)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize("room", [1, 4, 9])
+def test_pruning_out_of_memory_finishes_the_same_images(prior, prompts, room, no_collection, monkeypatch, capsys):
+    prefix, sampling = prior.prefix([*TEXTS, "a cat"][:prompts]), Sampling(guidance_scale=2)
+    plan, seeds = plan_pruning(6, prior.length, 0.5), [*range(6)] * prompts
+    whole = sample_pruned(prior, prefix, seeds, plan, sampling)
+    began = []
+
+    class Small(Drawing):
+        def __init__(self, prior, prefix, seeds, *arguments, **options):
+            began.append(len(seeds))
+            if len(seeds) > room:
+                raise torch.OutOfMemoryError
+            super().__init__(prior, prefix, seeds, *arguments, **options)
+
+    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", Small)
+    pruned = sample_pruned(prior, prefix, seeds, plan, sampling)
+    assert torch.equal(pruned.chosen, whole.chosen) and torch.equal(pruned.sampled.codes, whole.sampled.codes)
+    expected = {1: (6, "drawing 3 at once"), 2: (12, "drawing 6 and 6"), 3: (18, "drawing 6 and 12")}[prompts]
+    said = capsys.readouterr().err
+    assert (f"{expected[0]} images at once do not fit in memory; {expected[1]}" in said) == (room < 6 * prompts)
 
 
 def test_several_prompts_are_pruned_each_by_itself(prior):
@@ -253,3 +364,29 @@ def test_kept_images_go_on_as_they_would_have(prior):
     drawing.keep(torch.tensor([3, 0]))
     drawing.advance(prior.length)
     assert torch.equal(drawing.codes, sample(prior, prefix, [3, 0], sampling))
+
+
+def test_the_likelihood_gain_is_the_prompt_s_less_a_quarter_of_the_null_s(prior):
+    drawing = Drawing(prior, prior.prefix(TEXTS[:1]), range(4), Sampling(guidance_scale=2), scored=True)
+    drawing.advance(5)
+    expected = (drawing.log_probs - drawing.null_log_probs / 4).sum(1)
+    torch.testing.assert_close(likelihood_gain(drawing), expected)
+    assert (drawing.null_log_probs[:, :5] < 0).all() and not drawing.null_log_probs[:, 5:].any()
+
+
+@pytest.mark.parametrize("nulls", [["a dog"], ["a cat", "a dog"], None])
+def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls):
+    """Each prompt from its own or from the only one, also where the prompts are pruned in two halves."""
+    prefix, plan, sampling = prior.prefix(TEXTS), plan_pruning(6, prior.length, 0.5), Sampling(guidance_scale=2)
+    null = None if nulls is None else prior.prefix(nulls)
+    pruned = sample_pruned(prior, prefix, [*range(6)] * 2, plan, sampling, null=null)
+    whole = sample(prior, prefix, [*range(6)] * 2, sampling, null=null)
+    rows = (pruned.chosen + torch.tensor([[0], [6]])).flatten()
+    assert torch.equal(pruned.sampled.codes, whole[rows])
+
+
+def test_what_pruning_draws_is_counted_by_hand():
+    """5 of 8 candidates to position 4 of 10, of which 1 code is given: 8 x 3 and 5 x 6, and 5 x 3 again in parts."""
+    plan = Plan(position=4, survivors=5)
+    assert codes_drawn(plan, 8, 10, 1, batch_size=8) == 24 + 30
+    assert codes_drawn(plan, 8, 10, 1, batch_size=7) == 24 + 30 + 15

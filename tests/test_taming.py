@@ -335,8 +335,10 @@ def test_bad_sources(tmp_path):
     assert "is of none of transformer.*" in refused([changed(**{"other.weight": torch.ones(1)}), settings])
     assert "lacks the weight 'pos_emb'" in refused([changed(**{"transformer.pos_emb": None}), settings])
     depth = {f"cond_stage_model.{key}": tensor for key, tensor in random_vqgan().items()}
-    depth["cond_stage_model.encoder.conv_in.weight"] = torch.randn(32, 1, 3, 3)
-    assert "draws from pictures of 1 channels, not from segmentation maps" in refused([changed(**depth), settings])
+    for channels in (1, 3):
+        depth["cond_stage_model.encoder.conv_in.weight"] = torch.randn(32, channels, 3, 3)
+        said = refused([changed(**depth), settings])
+        assert f"draws from pictures of {channels} channels, not from segmentation maps" in said
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):

@@ -110,3 +110,23 @@ def test_tiles_take_less_memory():
         for tile in (0, 128)
     }
     assert peaks[128] < peaks[0] * 3 / 4, peaks  # a half; what the allocator keeps differs from run to run
+
+
+@torch.no_grad()
+def test_the_smallest_tile_is_one_position():
+    model = built(TRUNKS["no attention"])
+    codes = torch.randint(64, (1, 1, 3, 2))
+    torch.testing.assert_close(model.decode(codes, tile=1), model.decode(codes), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trunk", ["no attention", "modulated", "dvae"])
+def test_no_piece_is_larger_than_a_tile_and_what_it_sees(trunk):
+    """By the pictures that the convolutions are given; the field of view of a decoder's level is under 16 a side."""
+    model, sides = built(TRUNKS[trunk]), []
+    latents = torch.randn(1, 8, 64, 64)
+    for module in model.decoder.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size[0] > 1:
+            module.register_forward_pre_hook(lambda module, given: sides.append(max(given[0].shape[2:])))
+    decode_tiles(model.decoder, latents, 16)
+    assert max(sides) < 100  # of 256; attention in the middle reads the latents whole, 64

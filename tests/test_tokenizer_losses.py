@@ -242,3 +242,31 @@ def test_lpips_says_what_is_wrong_with_its_weights(squeezenet, tmp_path, monkeyp
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(InputError, match="cannot be downloaded .*no network.*loss.perceptual.weights"):
         LPIPS("squeeze")
+
+
+def test_the_discriminator_is_the_paper_s():
+    """Isola et al. 2017: C64-C128-C256-C512 of 4 x 4 kernels, three of stride 2, and a 70 x 70 field of view."""
+    discriminator = PatchDiscriminator()
+    convolutions = [layer for layer in discriminator.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64, 128, 256, 512, 1]
+    assert [layer.in_channels for layer in convolutions] == [3, 64, 128, 256, 512]
+    assert [layer.stride[0] for layer in convolutions] == [2, 2, 2, 1, 1]
+    assert {layer.kernel_size + layer.padding for layer in convolutions} == {(4, 4, 1, 1)}
+    assert [layer.bias is not None for layer in convolutions] == [True, False, False, False, True]
+    slopes = {layer.negative_slope for layer in discriminator.layers if isinstance(layer, torch.nn.LeakyReLU)}
+    groups = {layer.num_groups for layer in discriminator.layers if isinstance(layer, torch.nn.GroupNorm)}
+    assert slopes == {0.2} and groups == {8} and len(discriminator.layers) == 2 + 3 * 3 + 1
+    view = 1
+    for layer in reversed(convolutions):
+        view = (view - 1) * layer.stride[0] + 4
+    assert view == 70 and discriminator(torch.zeros(1, 3, 128, 128)).shape == (1, 1, 14, 14)
+    deep = PatchDiscriminator(channels=8, depth=5)
+    assert [layer.out_channels for layer in deep.layers if isinstance(layer, torch.nn.Conv2d)] == [
+        8,
+        16,
+        32,
+        64,
+        64,
+        64,
+        1,
+    ]

@@ -1,8 +1,14 @@
 """Law 6 on one process: killed and resumed, training ends bit-equal to a run that was never interrupted."""
 
 import json
+import math
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +24,9 @@ import stage2_prior.encode
 import stage2_prior.train
 import stage2_prior.train_text
 from common.errors import InputError
-from common.training import Run, TrainingError, schedule
-from stage2_prior import load_prior
+from common.training import OptimizerConfig, Optimizers, Run, TrainingError, schedule
+from stage2_prior import GPTConfig, GPTPrior, load_prior
+from stage2_prior.codes import CodesBatch
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +275,120 @@ def test_samples_logs_and_figures_are_written(world):
     assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["steps"] == 6
 
 
-def test_schedule_warms_up_and_falls_to_the_final_share():
-    values = [schedule(step, 10, 110, 0.1) for step in range(110)]
-    assert values[0] == pytest.approx(0.1) and values[9] == pytest.approx(1.0)
-    assert max(values) == pytest.approx(1.0) and schedule(110, 10, 110, 0.1) == pytest.approx(0.1)
-    assert schedule(60, 10, 110, 0.1) == pytest.approx(0.55)
+@pytest.mark.parametrize("warmup, steps, final", [(10, 110, 0.1), (0, 40, 0.0), (7, 20, 0.5), (5, 5, 0.25)])
+def test_schedule_is_a_line_and_then_half_a_cosine(warmup, steps, final):
+    for step in range(steps + 5):
+        if step < warmup:
+            expected = (step + 1) / warmup
+        else:
+            done = min(1, (step - warmup) / max(1, steps - warmup))
+            expected = final + (1 - final) * math.cos(math.pi / 2 * done) ** 2  # (1 + cos x) / 2 = cos^2 (x / 2)
+        assert schedule(step, warmup, steps, final) == pytest.approx(expected, abs=1e-12), step
+
+
+def test_the_quarters_of_the_schedule():
+    """By hand: a quarter of the way a cosine has lost 0.146 of its height, a line 0.25."""
+    quarters = [schedule(step, 10, 110, 0.0) for step in (10, 35, 60, 85, 110)]
+    assert quarters == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=1e-6)
+
+
+def test_updates_follow_the_schedule_at_each_parameters_rate():
+    """Adam's first updates have the size of the learning rate, whatever the gradient."""
+    model = torch.nn.Linear(2, 1)
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.0, warmup_steps=4, final_share=0.2)
+    optimizers = Optimizers(model, config, 20, {"bias": 3.0})
+    for step in (0, 3, 8, 12, 19, 30):
+        optimizers = Optimizers(model, config, 20, {"bias": 3.0})
+        weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizers.step(step)
+        rate = 0.01 * schedule(step, 4, 20, 0.2)
+        torch.testing.assert_close(weight - model.weight, torch.full((1, 2), rate), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(bias - model.bias, torch.full((1,), 3 * rate), rtol=1e-3, atol=1e-6)
+        assert model.weight.grad is None
+
+
+def test_weights_decay_and_biases_do_not():
+    """Without a gradient a step of AdamW multiplies the matrices by 1 - rate x decay."""
+    model = torch.nn.Linear(3, 2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizers = Optimizers(model, OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0), 10)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(0)
+    torch.testing.assert_close(model.weight.detach(), before["weight"] * 0.95)
+    assert torch.equal(model.bias, before["bias"])
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import torch
+from torch.utils.data import Dataset
+from common.training import Run, RunConfig
+
+class Numbers(Dataset):
+    def __getitem__(self, step):
+        return step
+
+run = Run(RunConfig(output=sys.argv[1], steps=3, batch_size=2), RunConfig(output=sys.argv[1], steps=3, batch_size=2))
+drawn = [[step, *torch.rand(4).tolist()] for step in run.batches(Numbers())]
+Path(sys.argv[1] + f"-{run.accelerator.process_index}.json").write_text(json.dumps(drawn))
+"""
+
+
+def test_every_process_draws_numbers_of_its_own(tmp_path):
+    """Two real processes see the same steps, and no random number of one (dropout, corrupted codes, left-out captions)
+    is a number of the other's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        ranks.append(subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "run")], env=environment))
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    first, second = (json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in range(2))
+    assert [row[0] for row in first] == [row[0] for row in second] == [0, 1, 2]
+    numbers = [number for row in first + second for number in row[1:]]
+    assert len(set(numbers)) == len(numbers) == 24
+
+
+def test_random_numbers_are_those_of_seed_step_and_process():
+    def drawn(seed, step, rank):
+        run = SimpleNamespace(
+            config=SimpleNamespace(seed=seed), step=step, accelerator=SimpleNamespace(process_index=rank)
+        )
+        Run._seed(run)
+        return tuple(torch.rand(3).tolist())
+
+    where = [(seed, step, rank) for seed in (0, 1, 2**31) for step in (0, 1, 4099) for rank in (0, 1, 7)]
+    assert len({drawn(*place) for place in where}) == len(where)
+    assert all(drawn(*place) == drawn(*place) for place in where[:3])
+
+
+def test_captions_are_left_out_apart_on_each_process(world):
+    """The share `condition_dropout` of them, each by a number of its own; and cut anew by `bpe_dropout`."""
+    tokenizer = stage2_prior.train.TextTokenizer.from_pretrained(world / "text")
+    config = GPTConfig(codebook_size=5, code_shape=(1, 1, 1), text_vocab_size=tokenizer.vocab_size, text_length=24,
+                       dim=16, depth=1, num_heads=1, condition_dropout=0.1)  # fmt: skip
+    prior = GPTPrior(config, tokenizer)
+    batch = CodesBatch(torch.zeros(400, 1, dtype=torch.int64), ["a picture 3"] * 400, [], None)
+
+    def prefix(rank, dropout, bpe_dropout):
+        run = SimpleNamespace(
+            config=SimpleNamespace(seed=0), step=5, accelerator=SimpleNamespace(process_index=rank), device="cpu"
+        )
+        Run._seed(run)
+        noise = stage2_prior.train.Noise(condition_dropout=dropout, bpe_dropout=bpe_dropout)
+        return stage2_prior.train.noisy_prefix(run, prior, batch, noise)
+
+    null, plain = prior.null_prefix(1), prior.prefix(["a picture 3"])
+    assert torch.equal(prefix(0, 0.0, 0.0), plain.expand(400, -1))
+    left_out = [(prefix(rank, 0.25, 0.0) == null).all(-1) for rank in (0, 1)]
+    assert all(70 <= int(rows.sum()) <= 130 for rows in left_out) and not torch.equal(*left_out)
+    cut = [prefix(rank, 0.0, 0.5) for rank in (0, 1)]
+    assert not torch.equal(*cut) and torch.equal(cut[0], prefix(0, 0.0, 0.5))

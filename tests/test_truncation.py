@@ -51,3 +51,9 @@ def test_of_many_captions_some_are_drawn(monkeypatch):
 def test_no_captions():
     assert truncation(TOKENIZER, [], 10) == {}
     assert describe({}, 10).endswith("there are none")
+
+
+@pytest.mark.parametrize("spare, cut", [(0, 1), (1, 0)])
+def test_start_takes_one_of_the_positions(spare, cut):
+    length = len(TOKENIZER.encode("a red heart"))
+    assert truncation(TOKENIZER, ["a red heart"], length + spare) == {"Latin": Truncation(1, cut, length)}
