@@ -18,8 +18,8 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis draws the same examples every time. GPUs are hidden unless their own tests are asked for (-m gpu): what
-    must be equal bit by bit is so on a CPU."""
+    """Hypothesis draws the same examples every time; GPUs are hidden unless their own tests are asked for (-m gpu),
+    because what must be equal bit by bit is so on a CPU."""
     settings.register_profile("suite", derandomize=True)  # a run fails for what was changed, not for what was drawn
     settings.load_profile("suite")
     if config.getoption("markexpr") != "gpu":
