@@ -167,8 +167,11 @@ def test_a_checkpoint_inside_itself_is_read_once(tmp_path: Path) -> None:
 class Stored:
     """A storage in a pickle: dtype's class, key, number of elements."""
 
-    def __init__(self, numel: int, key: str = "0", kind: Any = torch.FloatStorage) -> None:
-        self.pid = ("storage", kind, key, "cpu", numel)
+    def __init__(
+        self, numel: int, key: str = "0", kind: Any = torch.FloatStorage, part: tuple[str, int, int] | None = None
+    ) -> None:
+        """`part` is a view of it before torch 1.6: name, first element, number of elements."""
+        self.pid, self.part = ("storage", kind, key, "cpu", numel), part
 
 
 class Made:
@@ -187,7 +190,7 @@ class Writer(pickle.Pickler):
         self.legacy = legacy
 
     def persistent_id(self, value: object) -> object:
-        return (value.pid + (None,) * self.legacy) if isinstance(value, Stored) else None
+        return (value.pid + (value.part,) * self.legacy) if isinstance(value, Stored) else None
 
 
 def pickled(content: object, legacy: bool = False) -> bytes:
@@ -211,6 +214,20 @@ def zip_file(path: Path, content: bytes, storages: dict[str, bytes] | None = Non
         for key, data in (storages or {}).items():
             file.writestr(f"archive/data/{key}", data)
     return path
+
+
+@pytest.mark.parametrize(
+    "first, count, fits",
+    [(0, 4, True), (1, 3, True), (2, 1, True), (4, 0, True), (-1, 2, False), (1, 4, False), (3, -1, False)],
+)
+def test_parts_of_a_storage_before_torch_1_6(first: int, count: int, fits: bool, tmp_path: Path) -> None:
+    numbers = struct.pack("<4f", 10, 11, 12, 13)
+    content = pickled({"w": Made(Stored(4, part=("view", first, count)), (max(count, 0),), (1,))}, legacy=True)
+    path = legacy_file(tmp_path / "old.pt", content, {"0": numbers})
+    if fits:
+        assert read_tensors([path])["w"].tolist() == [10.0 + i for i in range(first, first + count)]
+    else:
+        assert "a part of storage 0 lies outside of it" in refusal(lambda: read_tensors([path]))
 
 
 MEGABYTE = bytes(2**20)

@@ -159,7 +159,7 @@ def test_greedy_codes_equal_the_reference(pair):
 
 
 def test_what_is_drawn_by_default_is_what_the_project_draws_by(pair):
-    """taming-transformers' sample_fast.py draws classes with top_k 600 and top_p 0.92, its notebook maps with top_k 100."""
+    """Classes as its sample_fast.py does, with top_k 600 and top_p 0.92, maps as its notebook does, with top_k 100."""
     bundle = pair[1]
     sampling = Sampling.model_validate(json.loads((bundle / "model_index.json").read_text())["sampling"])
     by_class = load_prior(bundle / "prior").condition == "class"

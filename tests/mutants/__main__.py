@@ -37,9 +37,11 @@ def main() -> int:
     _preload()
     with tempfile.TemporaryDirectory(prefix="tessera-mutants-") as scratch:
         slots = [_copy(Path(scratch) / str(number)) for number in range(arguments.jobs)]
-        drawn = itertools.islice(draw(concerns, arguments.seed, equivalents), arguments.count)
+        drawn: Iterator[tuple[Concern, Mutant]]
         if arguments.again:
             drawn = survivors_of(arguments.again, concerns, equivalents)
+        else:
+            drawn = itertools.islice(draw(concerns, arguments.seed, equivalents), arguments.count)
         if arguments.list:
             for concern, mutant in drawn:
                 print(f"{concern.name}: {_describe(mutant)}")
