@@ -139,6 +139,26 @@ def test_foreign_classes_are_not_needed_and_are_named(
     assert "objects of some_framework.Shard" in refusal(lambda: read_tensors([tmp_path / "g.ckpt"]))
 
 
+def test_an_objects_attributes_are_read_with_and_without_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slots an object's state is a pair: a dictionary of what is in no slot, and one of the slots."""
+    module = framework(monkeypatch)
+    exec("class Plain:\n    pass\nclass Slotted(Plain):\n    __slots__ = ('b',)", module.__dict__)
+    objects = {"plain": module.Plain(), "slotted": module.Slotted()}
+    for one in objects.values():
+        one.a = 1
+    objects["slotted"].b = 2
+    torch.save(objects, tmp_path / "f.pt")
+    monkeypatch.delitem(sys.modules, "some_framework")
+    found = read_pickle(tmp_path / "f.pt")
+    assert found["plain"].state == {"a": 1} == found["slotted"].state
+
+
+def test_weights_are_counted_up_to_the_first_that_lacks() -> None:
+    for numbers, count in (([], 0), ([0], 1), ([0, 1, 2], 3), ([0, 1, 3], 2), ([1, 2], 0)):
+        weights = Weights({f"blocks.{i}.w": torch.zeros(1) for i in numbers}, "f.pt")
+        assert weights.count("blocks.{}.w") == count
+
+
 def test_a_legacy_file_that_is_cut_off_or_of_other_sizes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     torch.save({"a": torch.arange(100.0), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
