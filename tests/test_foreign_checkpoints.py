@@ -159,6 +159,18 @@ def test_weights_are_counted_up_to_the_first_that_lacks() -> None:
         assert weights.count("blocks.{}.w") == count
 
 
+def test_a_tensor_is_split_along_its_rows() -> None:
+    tensor = torch.arange(12.0).view(6, 2)
+    weights = Weights({"qkv": tensor.clone()}, "f.pt")
+    with pytest.raises(InputError, match="f.pt: 'qkv' has 6 rows, but 2 were expected"):
+        weights.split("qkv", [1, 1], ["q", "k"])
+    weights.split("qkv", [1, 2, 3], ["q", "k", "v"])
+    assert weights.tensors.keys() == {"q", "k", "v"}
+    assert all(
+        torch.equal(weights.tensors[name], tensor[a:b]) for name, a, b in (("q", 0, 1), ("k", 1, 3), ("v", 3, 6))
+    )
+
+
 def test_a_legacy_file_that_is_cut_off_or_of_other_sizes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     torch.save({"a": torch.arange(100.0), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
