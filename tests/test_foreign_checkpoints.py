@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.averages import choosing, unwrapped
-from common.checkpoints import Weights, mentions, read_tensors
+from common.checkpoints import Weights, mentions, need, pick, read_tensors
 from common.containers import unpacked
 from common.errors import InputError, InputWarning
 from common.pickles import MAGIC, VERSION, Inert, read_pickle
@@ -157,6 +157,17 @@ def test_weights_are_counted_up_to_the_first_that_lacks() -> None:
     for numbers, count in (([], 0), ([0], 1), ([0, 1, 2], 3), ([0, 1, 3], 2), ([1, 2], 0)):
         weights = Weights({f"blocks.{i}.w": torch.zeros(1) for i in numbers}, "f.pt")
         assert weights.count("blocks.{}.w") == count
+
+
+def test_the_first_file_of_the_first_pattern_is_picked(tmp_path: Path) -> None:
+    for name in ("a.txt", "inner/b.json", "c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert need([tmp_path], "get it", "inner/*.json", "*.txt") == tmp_path / "inner" / "b.json"
+    assert need([tmp_path / "a.txt", tmp_path], "get it", "*.yaml", "*.txt") == tmp_path / "a.txt"
+    assert pick([tmp_path], "*.yaml") is None
+    with pytest.raises(InputError, match="there is no model.pt in .*; get it"):
+        need([tmp_path], "get it", "ckpt/model.pt")
 
 
 def test_a_tensor_is_split_along_its_rows() -> None:
