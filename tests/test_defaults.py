@@ -71,6 +71,8 @@ def _bounds(metadata: Any) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return f"{type(value).__name__}({value.model_dump_json()})"
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return value.__qualname__
     return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.averages import choosing, unwrapped
-from common.checkpoints import Weights, mentions, read_tensors
+from common.checkpoints import Weights, mentions, need, pick, read_tensors
 from common.containers import unpacked
 from common.errors import InputError, InputWarning
 from common.pickles import MAGIC, VERSION, Inert, read_pickle
@@ -139,6 +139,49 @@ def test_foreign_classes_are_not_needed_and_are_named(
     assert "objects of some_framework.Shard" in refusal(lambda: read_tensors([tmp_path / "g.ckpt"]))
 
 
+def test_an_objects_attributes_are_read_with_and_without_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slots an object's state is a pair: a dictionary of what is in no slot, and one of the slots."""
+    module = framework(monkeypatch)
+    exec("class Plain:\n    pass\nclass Slotted(Plain):\n    __slots__ = ('b',)", module.__dict__)
+    objects = {"plain": module.Plain(), "slotted": module.Slotted()}
+    for one in objects.values():
+        one.a = 1
+    objects["slotted"].b = 2
+    torch.save(objects, tmp_path / "f.pt")
+    monkeypatch.delitem(sys.modules, "some_framework")
+    found = read_pickle(tmp_path / "f.pt")
+    assert found["plain"].state == {"a": 1} == found["slotted"].state
+
+
+def test_weights_are_counted_up_to_the_first_that_lacks() -> None:
+    for numbers, count in (([], 0), ([0], 1), ([0, 1, 2], 3), ([0, 1, 3], 2), ([1, 2], 0)):
+        weights = Weights({f"blocks.{i}.w": torch.zeros(1) for i in numbers}, "f.pt")
+        assert weights.count("blocks.{}.w") == count
+
+
+def test_the_first_file_of_the_first_pattern_is_picked(tmp_path: Path) -> None:
+    for name in ("a.txt", "inner/b.json", "c.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert need([tmp_path], "get it", "inner/*.json", "*.txt") == tmp_path / "inner" / "b.json"
+    assert need([tmp_path / "a.txt", tmp_path], "get it", "*.yaml", "*.txt") == tmp_path / "a.txt"
+    assert pick([tmp_path], "*.yaml") is None
+    with pytest.raises(InputError, match="there is no model.pt in .*; get it"):
+        need([tmp_path], "get it", "ckpt/model.pt")
+
+
+def test_a_tensor_is_split_along_its_rows() -> None:
+    tensor = torch.arange(12.0).view(6, 2)
+    weights = Weights({"qkv": tensor.clone()}, "f.pt")
+    with pytest.raises(InputError, match="f.pt: 'qkv' has 6 rows, but 2 were expected"):
+        weights.split("qkv", [1, 1], ["q", "k"])
+    weights.split("qkv", [1, 2, 3], ["q", "k", "v"])
+    assert weights.tensors.keys() == {"q", "k", "v"}
+    assert all(
+        torch.equal(weights.tensors[name], tensor[a:b]) for name, a, b in (("q", 0, 1), ("k", 1, 3), ("v", 3, 6))
+    )
+
+
 def test_a_legacy_file_that_is_cut_off_or_of_other_sizes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     torch.save({"a": torch.arange(100.0), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
@@ -167,8 +210,11 @@ def test_a_checkpoint_inside_itself_is_read_once(tmp_path: Path) -> None:
 class Stored:
     """A storage in a pickle: dtype's class, key, number of elements."""
 
-    def __init__(self, numel: int, key: str = "0", kind: Any = torch.FloatStorage) -> None:
-        self.pid = ("storage", kind, key, "cpu", numel)
+    def __init__(
+        self, numel: int, key: str = "0", kind: Any = torch.FloatStorage, part: tuple[str, int, int] | None = None
+    ) -> None:
+        """`part` is a view of it before torch 1.6: name, first element, number of elements."""
+        self.pid, self.part = ("storage", kind, key, "cpu", numel), part
 
 
 class Made:
@@ -187,7 +233,7 @@ class Writer(pickle.Pickler):
         self.legacy = legacy
 
     def persistent_id(self, value: object) -> object:
-        return (value.pid + (None,) * self.legacy) if isinstance(value, Stored) else None
+        return (value.pid + (value.part,) * self.legacy) if isinstance(value, Stored) else None
 
 
 def pickled(content: object, legacy: bool = False) -> bytes:
@@ -211,6 +257,20 @@ def zip_file(path: Path, content: bytes, storages: dict[str, bytes] | None = Non
         for key, data in (storages or {}).items():
             file.writestr(f"archive/data/{key}", data)
     return path
+
+
+@pytest.mark.parametrize(
+    "first, count, fits",
+    [(0, 4, True), (1, 3, True), (2, 1, True), (4, 0, True), (-1, 2, False), (1, 4, False), (3, -1, False)],
+)
+def test_parts_of_a_storage_before_torch_1_6(first: int, count: int, fits: bool, tmp_path: Path) -> None:
+    numbers = struct.pack("<4f", 10, 11, 12, 13)
+    content = pickled({"w": Made(Stored(4, part=("view", first, count)), (max(count, 0),), (1,))}, legacy=True)
+    path = legacy_file(tmp_path / "old.pt", content, {"0": numbers})
+    if fits:
+        assert read_tensors([path])["w"].tolist() == [10.0 + i for i in range(first, first + count)]
+    else:
+        assert "a part of storage 0 lies outside of it" in refusal(lambda: read_tensors([path]))
 
 
 MEGABYTE = bytes(2**20)

@@ -158,6 +158,14 @@ def test_greedy_codes_equal_the_reference(pair):
     assert torch.equal(sample(prior, prefix, [0, 0], Sampling(top_k=1)), codes)
 
 
+def test_what_is_drawn_by_default_is_what_the_project_draws_by(pair):
+    """Classes as its sample_fast.py does, with top_k 600 and top_p 0.92, maps as its notebook does, with top_k 100."""
+    bundle = pair[1]
+    sampling = Sampling.model_validate(json.loads((bundle / "model_index.json").read_text())["sampling"])
+    by_class = load_prior(bundle / "prior").condition == "class"
+    assert sampling == (Sampling(top_k=600, top_p=0.92) if by_class else Sampling(top_k=100))
+
+
 def test_laws(pair):
     prior = load_prior(pair[1] / "prior")
     check_laws(prior, conditions(prior)[0], guided=False)

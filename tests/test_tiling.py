@@ -113,8 +113,10 @@ def test_tiles_take_less_memory():
 
 
 @torch.no_grad()
-def test_the_smallest_tile_is_one_position():
-    model = built(TRUNKS["no attention"])
+@pytest.mark.parametrize("norm_groups", [8, 16])
+def test_the_smallest_tile_is_one_position(norm_groups):
+    """And with a group for each channel a tile has one number of it."""
+    model = built(TRUNKS["no attention"] | {"multipliers": [1, 1, 1], "norm_groups": norm_groups})
     codes = torch.randint(64, (1, 1, 3, 2))
     torch.testing.assert_close(model.decode(codes, tile=1), model.decode(codes), rtol=0, atol=1e-4)
 

@@ -24,7 +24,7 @@ import stage2_prior.encode
 import stage2_prior.train
 import stage2_prior.train_text
 from common.errors import InputError
-from common.training import OptimizerConfig, Optimizers, Run, TrainingError, schedule
+from common.training import OptimizerConfig, Optimizers, Run, RunConfig, TrainingError, schedule
 from stage2_prior import GPTConfig, GPTPrior, load_prior
 from stage2_prior.codes import CodesBatch
 
@@ -265,6 +265,14 @@ def test_encoding_goes_on_where_it_was_stopped(world, tmp_path):
 
 def weights_of_shards(folder):
     return [load_file(path)["codes"] for path in sorted(folder.glob("codes-*.safetensors"))]
+
+
+def test_a_recipe_is_kept_in_the_letters_it_was_written_in(tmp_path):
+    config = RunConfig(output=tmp_path / "红心", steps=1, batch_size=1)
+    run = Run(config, config)
+    assert list(run.batches([7])) == [7]
+    text = (tmp_path / "红心" / "recipe.yaml").read_text(encoding="utf-8")
+    assert "红心" in text and list(yaml.safe_load(text)) == list(RunConfig.model_fields)
 
 
 def test_samples_logs_and_figures_are_written(world):

@@ -1,12 +1,14 @@
-"""Weights that are loaded need no random start, and give the same model without one."""
+"""Weights that are loaded need no random start, and give the same model without one; where a model is looked for."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from common.errors import InputError
 from common.text import TextTokenizer
-from common.weights import Unfilled
+from common.weights import Unfilled, find_folder
 from stage1_tokenizer import Autoencoder
 from stage2_prior import load_prior
 from tests.conftest import tiny_autoencoder, tiny_prior
@@ -34,3 +36,20 @@ def test_loading_fills_everything(tiny_parts: Path, tiny_text_tokenizer: TextTok
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["model", "./model", "../model", "~/model", "a/b/c", "/model", "owner/"])
+def test_what_cannot_be_a_hub_name_is_not_looked_up(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **options: pytest.fail("looked up"))
+    with pytest.raises(InputError, match="is neither an existing folder nor a hub name like 'owner/model'"):
+        find_folder(name)
+
+
+def test_a_folder_is_found_and_a_hub_name_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: f"/cache/{name}")
+    assert find_folder("owner/model") == Path("owner/model") and find_folder(tmp_path) == tmp_path
+    assert find_folder("owner/other") == Path("/cache/owner/other")

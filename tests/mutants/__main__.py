@@ -37,9 +37,11 @@ def main() -> int:
     _preload()
     with tempfile.TemporaryDirectory(prefix="tessera-mutants-") as scratch:
         slots = [_copy(Path(scratch) / str(number)) for number in range(arguments.jobs)]
-        drawn = itertools.islice(draw(concerns, arguments.seed, equivalents), arguments.count)
+        drawn: Iterator[tuple[Concern, Mutant]]
         if arguments.again:
             drawn = survivors_of(arguments.again, concerns, equivalents)
+        else:
+            drawn = itertools.islice(draw(concerns, arguments.seed, equivalents), arguments.count)
         if arguments.list:
             for concern, mutant in drawn:
                 print(f"{concern.name}: {_describe(mutant)}")
@@ -85,14 +87,19 @@ def draw(concerns: list[Concern], seed: int, equivalents: Equivalents) -> Iterat
 
 
 def survivors_of(record: Path, concerns: list[Concern], equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
-    """Those of an earlier run, where the sources are still the same."""
+    """Those of an earlier run whose lines are still there."""
     by_name = {concern.name: concern for concern in concerns}
     for row in json.loads(record.read_text(encoding="utf-8")):
-        if row["outcome"] == "survived" and row["concern"] in by_name:
-            place = Place(row["file"], row["operator"], row["occurrence"], row["line"])
-            mutant = mutate(place, (ROOT / place.file).read_text(encoding="utf-8"))
-            if mutant and _key(mutant) not in equivalents:
-                yield by_name[row["concern"]], mutant
+        if row["outcome"] != "survived" or row["concern"] not in by_name:
+            continue
+        source = (ROOT / row["file"]).read_text(encoding="utf-8")
+        lines, looked_for = source.splitlines(), (row["file"], bare(row["before"]), bare(row["after"]))
+        for place in places(row["file"], source):
+            if place.operator == row["operator"] and bare(lines[place.line - 1]) == looked_for[1]:
+                mutant = mutate(place, source)
+                if mutant and _key(mutant) == looked_for and looked_for not in equivalents:
+                    yield by_name[row["concern"]], mutant
+                    break
 
 
 def _drawn_of(concern: Concern, rng: random.Random, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:

@@ -34,7 +34,7 @@ COMPARISONS = """Lt_LtE LtE_Lt Gt_GtE GtE_Gt Lt_GtE GtE_Lt LtE_Gt Gt_LtE Eq_NotE
 UNARY = ["USub_UAdd", "Delete_Not", "Invert_Delete", "Delete_Invert", "Delete_USub"]
 
 
-class Nudge(Operator):  # type: ignore[misc]
+class Nudge(Operator):
     """A number with a fraction or an exponent, a twentieth more or less: what a wrong digit does."""
 
     def mutation_positions(self, node: Any) -> Iterator[tuple[Any, Any]]:
@@ -53,7 +53,7 @@ class Nudge(Operator):  # type: ignore[misc]
         return ()
 
 
-class Sibling(Operator):  # type: ignore[misc]
+class Sibling(Operator):
     """A function or method in place of its sibling: min and max, sine and cosine, rows and columns."""
 
     PAIRS = """min max|amin amax|argmin argmax|clamp_min clamp_max|sin cos|any all|sum mean|zeros ones|
