@@ -31,6 +31,7 @@ from common.errors import InputError
 from common.files import parse_json, read_text
 from common.images import contact_sheet, open_image, opened_image, save_png
 from common.paths import is_file
+from common.writing import write_json, write_text
 from pipelines.judge import WHITE, Judge, Request, to_pixels
 
 # (prompts, seed) -> images (P, N, 3, H, W), uint8 or float in [-1, 1], and scores (P, N), higher fits better. What it
@@ -125,7 +126,7 @@ def evaluate_pipeline(
     rate = drawn / max(time.monotonic() - started, 1e-9) if drawn else None
     evaluation = summarize([outcomes[index] for index in chosen], rate)
     draw_failures(out, requests, [outcomes[index] for index in chosen], judge)
-    (out / "evaluation.json").write_text(json.dumps(begun | as_json(evaluation), indent=2) + "\n", "utf-8")
+    write_json(out / "evaluation.json", begun | as_json(evaluation))
     return evaluation
 
 
@@ -238,9 +239,7 @@ def resume(file: Path, begun: dict[str, Any]) -> dict[int, Outcome]:
             )
     outcomes = [_outcome(line, f"{file}, line {number}") for number, line in enumerate(whole[1:], 2)]
     kept = [json.dumps(begun, ensure_ascii=False), *whole[1:]]
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(line + "\n" for line in kept), "utf-8")
-    part.replace(file)
+    write_text(file, "".join(line + "\n" for line in kept))
     return {outcome.number: outcome for outcome in outcomes}
 
 

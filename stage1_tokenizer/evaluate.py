@@ -15,6 +15,7 @@ from common.data import ImageFolder, Unreadable
 from common.errors import InputError
 from common.files import read_json_lines
 from common.metrics import frechet_distance, perplexity, psnr, ssim
+from common.writing import write_text
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
 from stage1_tokenizer.losses.perceptual import LPIPS, CLIPFeatures
@@ -155,10 +156,7 @@ def _write_lines(path: Path, images: ImageFolder, measured: list[int], figures: 
     names = [str(images.items[i].path.relative_to(images.folder)) for i in measured]
     rows = [dict(zip(figures, row, strict=True)) for row in zip(*figures.values(), strict=True)]
     lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
-    try:
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another file") from None
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _has_torchmetrics() -> bool:
