@@ -62,17 +62,18 @@ BLANK = rf"[ {_BLANKS}]{{2,}}|[{_BLANKS}]"
 
 def normalizer(lower_case: bool = False, *, space_in_front: bool = True) -> normalizers.Normalizer:
     """What a text goes through before it is cut into tokens; `space_in_front` puts one before a text that has words."""
+    lower = [normalizers.Lowercase()] if lower_case else []  # first: a small letter can have a mark more
     steps = [
+        *lower,
         _without(HIDDEN),
         normalizers.NFC(),  # a letter and its mark may have been apart
         *(_without(pattern) for pattern in (SELECTORS, TAGS, FILLERS)),
         normalizers.NFC(),
         _without(JOINERS),
         normalizers.NFC(),
+        normalizers.Replace(Regex(BLANK), " "),
+        normalizers.Strip(),
     ]
-    if lower_case:
-        steps += [normalizers.Lowercase(), normalizers.NFC()]
-    steps += [normalizers.Replace(Regex(BLANK), " "), normalizers.Strip()]
     if space_in_front:
         steps.append(normalizers.Prepend(" "))
     return normalizers.Sequence(steps)

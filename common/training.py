@@ -277,7 +277,7 @@ class Run:
             self._unwritten.pop(kind, None)
         except WriteError as error:
             self._unwritten[kind] = self.folder / name
-            self.say(f"{error}; training continues")
+            self.say(f"{str(error).partition(';')[0]}; training continues")
 
     def note_skipped(self, sentences: Sequence[str]) -> None:
         """Names pictures that could not be read, each once. Raises InputError when they are too many."""

@@ -110,7 +110,8 @@ def replacing(folder: str | Path, known: Mapping[str, str] | None = None) -> Ite
             _remove_empty(made)
             _refuse(folder, error)
         if full:
-            lost = _newest(scratch) or "the weights"
+            inner = Path(str(error).partition(" could not")[0]).name if isinstance(error, WriteError) else None
+            lost = inner or _newest(scratch) or "the weights"
             _discard(scratch)
             _remove_empty(made)
             raise WriteError(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def generated(model: JanusForConditionalGeneration, rows: list[list[int]], scale
     """The same by transformers' own `generate`, for prompts of several lengths at once."""
     width = max(map(len, rows))
     ids = torch.tensor([[model.generation_config.pad_token_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    mask: Any = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     codes: Tensor = model.generate(
         ids, attention_mask=mask, generation_mode="image", guidance_scale=scale, do_sample=False, use_cache=True
     )

@@ -21,12 +21,12 @@ def requirements() -> list[Requirement]:
 
 
 def oldest() -> dict[str, str]:
-    pins = {}
+    pins: dict[str, str] = {}
     for line in OLDEST.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             (name, version) = line.split("==")
-            assert canonicalize_name(name) not in pins, f"{name} is there twice"
-            pins[canonicalize_name(name)] = version
+            assert str(canonicalize_name(name)) not in pins, f"{name} is there twice"
+            pins[str(canonicalize_name(name))] = version
     return pins
 
 
