@@ -287,22 +287,25 @@ def test_what_is_finished_is_what_the_full_run_draws(prior, batch_size, first_co
     assert sum(counted) == codes_drawn(plan, 8, prior.length, given, batch_size)
 
 
+def drawing_of_at_most(room):
+    """A Drawing that runs out of memory with more images."""
+
+    class Small(Drawing):
+        def __init__(self, prior, prefix, seeds, *arguments, **options):
+            if len(seeds) > room:
+                raise torch.OutOfMemoryError
+            super().__init__(prior, prefix, seeds, *arguments, **options)
+
+    return Small
+
+
 @pytest.mark.parametrize("prompts", [1, 2, 3])
 @pytest.mark.parametrize("room", [1, 4, 9])
 def test_pruning_out_of_memory_finishes_the_same_images(prior, prompts, room, no_collection, monkeypatch, capsys):
     prefix, sampling = prior.prefix([*TEXTS, "a cat"][:prompts]), Sampling(guidance_scale=2)
     plan, seeds = plan_pruning(6, prior.length, 0.5), [*range(6)] * prompts
     whole = sample_pruned(prior, prefix, seeds, plan, sampling)
-    began = []
-
-    class Small(Drawing):
-        def __init__(self, prior, prefix, seeds, *arguments, **options):
-            began.append(len(seeds))
-            if len(seeds) > room:
-                raise torch.OutOfMemoryError
-            super().__init__(prior, prefix, seeds, *arguments, **options)
-
-    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", Small)
+    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", drawing_of_at_most(room))
     pruned = sample_pruned(prior, prefix, seeds, plan, sampling)
     assert torch.equal(pruned.chosen, whole.chosen) and torch.equal(pruned.sampled.codes, whole.sampled.codes)
     expected = {1: (6, "drawing 3 at once"), 2: (12, "drawing 6 and 6"), 3: (18, "drawing 6 and 12")}[prompts]
@@ -375,10 +378,12 @@ def test_the_likelihood_gain_is_the_prompt_s_less_a_quarter_of_the_null_s(prior)
 
 
 @pytest.mark.parametrize("nulls", [["a dog"], ["a cat", "a dog"], None])
-def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls):
-    """Each prompt from its own or from the only one, also where the prompts are pruned in two halves."""
+@pytest.mark.parametrize("room", [12, 6])
+def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls, room, no_collection, monkeypatch):
+    """Each prompt from its own or from the only one, also where memory has the prompts drawn one after the other."""
     prefix, plan, sampling = prior.prefix(TEXTS), plan_pruning(6, prior.length, 0.5), Sampling(guidance_scale=2)
     null = None if nulls is None else prior.prefix(nulls)
+    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", drawing_of_at_most(room))
     pruned = sample_pruned(prior, prefix, [*range(6)] * 2, plan, sampling, null=null)
     whole = sample(prior, prefix, [*range(6)] * 2, sampling, null=null)
     rows = (pruned.chosen + torch.tensor([[0], [6]])).flatten()

@@ -20,7 +20,7 @@ from stage1_tokenizer.losses.adversarial import (
     non_saturating_discriminator,
     non_saturating_generator,
 )
-from stage1_tokenizer.losses.perceptual import LPIPS, LPIPSConfig, build_perceptual
+from stage1_tokenizer.losses.perceptual import LPIPS, LPIPS_TAPS, LPIPSConfig, _lpips_heads, build_perceptual
 from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss, to_images
 from stage1_tokenizer.train import LossConfig, adversarial_share, pixel_loss
 from tests.test_autoencoder import tiny
@@ -270,3 +270,18 @@ def test_the_discriminator_is_the_paper_s():
         64,
         1,
     ]
+
+
+@pytest.mark.parametrize("net, name", [("vgg", "vgg16"), ("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
+def test_lpips_looks_after_an_activation_where_its_heads_have_the_channels(net, name):
+    pytest.importorskip("torchmetrics")
+    from torchvision import models
+
+    with torch.device("meta"):
+        x, channels = torch.zeros(1, 3, 64, 64), []
+        for index, layer in enumerate(models.get_model(name, weights=None).eval().features):
+            x = layer(x)
+            if index in LPIPS_TAPS[net]:
+                assert type(layer).__name__ in ("ReLU", "Fire")  # a Fire ends with ReLUs
+                channels.append(x.shape[1])
+    assert channels == [head.shape[1] for head in _lpips_heads(net)]

@@ -281,3 +281,26 @@ def test_a_script_fills_only_a_folder_of_its_own(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"is not empty and was not made for {what}"):
             writing.own_folder(folder, what)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["me.jpg"]
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (OSError(5, "Input/output error"), False),
+        (RuntimeError("No space left"), True),
+        (RuntimeError("IoError(Os { ... }) (os error 28)"), True),
+        (RuntimeError("Disk quota exceeded (os error 122)"), True),
+        (RuntimeError("os error 2"), False),
+        (InputError("os error 28 is what the user wrote"), False),
+        (KeyboardInterrupt("os error 28"), False),
+    ],
+)
+def test_every_library_s_word_for_a_full_disk_is_known(error, full, tmp_path):
+    (tmp_path / "a.json").write_text("before")
+    with pytest.raises(WriteError if full else type(error), match="the disk is full" if full else None):
+        with new_file(tmp_path / "a.json") as part:
+            part.write_text("half")
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "before"

@@ -77,7 +77,7 @@ def _arguments() -> argparse.Namespace:
 
 def draw(concerns: list[Concern], seed: int, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
     """Mutants in random order, the concerns in turn, one of each line before a second of any."""
-    queues = [_drawn_of(c, random.Random(f"{seed} {c.name}"), equivalents) for c in concerns]
+    queues = [_drawn_of(c, seed, equivalents) for c in concerns]
     while queues:
         for queue in list(queues):
             try:
@@ -102,10 +102,12 @@ def survivors_of(record: Path, concerns: list[Concern], equivalents: Equivalents
                     break
 
 
-def _drawn_of(concern: Concern, rng: random.Random, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
+def _drawn_of(concern: Concern, seed: int, equivalents: Equivalents) -> Iterator[tuple[Concern, Mutant]]:
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in concern.sources}
     found: list[Place] = [p for name in sources for p in places(name, sources[name])]
-    rng.shuffle(found)
+    lines = {name: source.splitlines() for name, source in sources.items()}
+    # By a number of each place's own, so that a change elsewhere in the file leaves the sample as it is.
+    found.sort(key=lambda p: random.Random(f"{seed} {p.file} {lines[p.file][p.line - 1]} {p.operator}").random())
     earlier: Counter[tuple[str, int]] = Counter()
     ranks = {}
     for place in found:

@@ -1,8 +1,8 @@
 """Which small changes are made to a source file: operators of cosmic-ray, a few of our own, and where none is made.
 
 A mutant is the file with one operator applied at one place. Left alone are annotations, docstrings, f-strings, `raise`
-and `assert` statements, decorators and what is only printed: such a change has no effect, or only on a sentence. The
-constraints of recipe fields stay in.
+and `assert` statements (and zip's `strict`, which is one), decorators and what is only printed: such a change has no
+effect, or only on a sentence. The constraints of recipe fields stay in.
 """
 
 import ast
@@ -171,6 +171,8 @@ def _left_alone(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int
                 spans = [node]
             case ast.Call(func=ast.Name(id="isinstance")):
                 spans = node.args[1:]
+            case ast.keyword(arg="strict"):  # of zip: an assert by another name
+                spans = [node.value]
             case ast.Assign(value=ast.Subscript(value=ast.Name(id=("Callable" | "Literal" | "Annotated")))):
                 spans = [node]
             case ast.If(test=ast.Name(id="TYPE_CHECKING")):
