@@ -267,6 +267,19 @@ def weights_of_shards(folder):
     return [load_file(path)["codes"] for path in sorted(folder.glob("codes-*.safetensors"))]
 
 
+def test_the_loss_of_a_prior_is_the_mean_of_text_and_image_by_their_weights(world, tmp_path):
+    """Text counts an eighth (Ramesh et al. 2021), and nothing where there is none to predict."""
+    overrides = ["run.steps=2", "run.log_every=1"]
+    text = stage2_prior.train.train(world / "prior.yaml", [*overrides, f"run.output={tmp_path}/text"])
+    plain = ["condition=none", "text_tokenizer=null", f"run.output={tmp_path}/none"]
+    none = stage2_prior.train.train(world / "prior.yaml", [*overrides, *plain])
+    for folder, weight in ((text, 1 / 8), (none, 0)):
+        for line in (folder.parent / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            expected = (weight * row.get("text", 0) + row["image"]) / (weight + 1)
+            assert ("text" in row) == (weight > 0) and row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_recipe_is_kept_in_the_letters_it_was_written_in(tmp_path):
     config = RunConfig(output=tmp_path / "红心", steps=1, batch_size=1)
     run = Run(config, config)

@@ -18,7 +18,7 @@ from common.errors import InputError, WriteError
 from common.lock import FolderLock
 from common.text import TextTokenizer
 from common.weights import load_weights, refuse_not_finite
-from common.writing import is_ours, new_file, refuse_foreign, replacing, write_text
+from common.writing import is_ours, new_file, refuse_foreign, replacing, safetensors_metadata, write_text
 from pipelines.bundle import INDEX, assemble_bundle, load_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
@@ -304,3 +304,18 @@ def test_every_library_s_word_for_a_full_disk_is_known(error, full, tmp_path):
             part.write_text("half")
             raise error
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "before"
+
+
+def test_what_a_header_says_beside_its_tensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(2)}, path, {"made": "here"})
+    assert safetensors_metadata(path) == {"made": "here"}
+    save_file({"w": torch.ones(2)}, path)
+    assert safetensors_metadata(path) is None
+    for header in (b"[1, 2]", b'"text"', b"{}"):
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert safetensors_metadata(path) is None
+    for content in (b"", bytes(8), (2**62).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no safetensors header"):
+            safetensors_metadata(path)
