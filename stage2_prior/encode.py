@@ -6,6 +6,7 @@ labels are always those of the data now.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -205,17 +206,23 @@ def _settle(folder: Path, meta: CodesMeta, captions: str) -> None:
     """Puts the new shards in place of the old, with the captions that belong to them. Until the end there is no
     `meta.json`, so a folder that was left half-way is not taken for a whole one."""
     staged = [shard for shard in range(meta.shards) if (folder / staged_name(shard)).is_file()]
-    extra = [path for path in folder.glob("codes-*.safetensors") if int(path.stem[6:]) >= meta.shards]
+    extra = _shards_beyond(folder, meta.shards)
     content = meta.model_dump(mode="json")
     if not staged and not extra and _same(folder, content, captions):
         return
     (folder / META).unlink(missing_ok=True)
-    for path in extra + [path for path in folder.glob("next-*.safetensors") if int(path.stem[5:]) >= meta.shards]:
+    for path in extra:
         path.unlink()
     for shard in staged:
         (folder / staged_name(shard)).replace(folder / shard_name(shard))
     write_text(folder / CAPTIONS, captions)
     write_json(folder / META, content)
+
+
+def _shards_beyond(folder: Path, count: int) -> list[Path]:
+    """Shards of ours, staged or in place, with numbers from `count` on."""
+    numbered = [(re.fullmatch(r"(?:codes|next)-(\d+)\.safetensors", path.name), path) for path in folder.iterdir()]
+    return [path for match, path in numbered if match and int(match[1]) >= count and is_ours(path)]
 
 
 def _same(folder: Path, content: object, captions: str) -> bool:

@@ -131,6 +131,16 @@ def test_another_split_of_the_same_size_has_its_own_codes(world: Path, encoded: 
         assert pairs(world) == expected(world, numbers)
 
 
+def test_files_of_others_among_the_shards_stay(world: Path, encoded: list[int]) -> None:
+    others = {"codes-old.safetensors": b"precious", "codes-00009.safetensors": b"precious", "notes.txt": b"precious"}
+    for name, content in others.items():
+        (world / "codes" / name).write_bytes(content)
+    write_rows(world / "data", [9, 1, 3])
+    encode(world / "encode.yaml")
+    assert pairs(world) == expected(world, [9, 1, 3]) and not (world / "codes" / "codes-00001.safetensors").exists()
+    assert {name: (world / "codes" / name).read_bytes() for name in others} == others
+
+
 def test_captions_alone_do_not_touch_the_codes(world: Path, encoded: list[int]) -> None:
     before = Codes(world / "codes").identity
     write_rows(world / "data", range(PICTURES), weight=2.0)
