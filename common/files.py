@@ -117,7 +117,8 @@ def parse_yaml(text: str, where: str) -> Any:
         TypeError,
         AttributeError,
     ) as error:  # the last three of dates, numbers and keys
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise InputError(f"{where} is not valid YAML: {reason[:300]}") from None
     if nodes > MOST_NODES:
         raise InputError(f"{where}: its aliases stand for more than {MOST_NODES:,} values; write them out")
     if "\\ud" in text.lower():
