@@ -18,6 +18,7 @@ from common.bpe_dropout import DroppingBPE
 from common.errors import InputError
 from common.foreign_text import adopt, as_json, clip_tokenizer
 from common.normalization import normalizer, sees_only_the_visible
+from common.paths import expand
 from common.writing import replacing, write_text
 
 PAD, START, END = 0, 1, 2
@@ -71,7 +72,7 @@ class TextTokenizer:
         """
         if str(folder) == CLIP and not Path(folder).exists():
             return cls(_adopted(clip_tokenizer()))
-        path = Path(folder) / FILE
+        path = expand(folder) / FILE
         if not path.is_file():
             raise InputError(f"{folder} has no {FILE}; give a folder written by tessera train text-tokenizer")
         try:

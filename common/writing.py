@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, WriteError
+from common.paths import expand
 
 MARK = "tessera"  # the one key in the metadata of our safetensors files; of several the library shuffles the order
 UNFINISHED = "unfinished"  # the key of a head while the files that it is of are being replaced
@@ -49,7 +50,7 @@ def new_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
     With `sync` it is on the disk by then, so that a power cut does not cost it. Raises InputError where nothing can be
     written, WriteError when the disk is full.
     """
-    path = Path(path)
+    path = expand(path)
     try:
         handle, name = tempfile.mkstemp(prefix=_part_name(), suffix=path.suffix, dir=path.parent)
     except OSError as error:
@@ -91,7 +92,7 @@ def replacing(folder: str | Path, known: Mapping[str, str] | None = None) -> Ite
     in them says so. All else stays. Where `folder` is a link, the folder behind it is written to. Raises InputError
     when a file that is not ours is in the way or nothing can be written there, and WriteError when the disk is full.
     """
-    folder, known = Path(folder), known or {}
+    folder, known = expand(folder), known or {}
     refuse_foreign(folder, known)
     made = _make(folder)
     target, scratch = folder.resolve(), None
@@ -126,7 +127,7 @@ def replacing(folder: str | Path, known: Mapping[str, str] | None = None) -> Ite
 def refuse_foreign(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
     """Raises InputError when `folder` cannot be a folder of ours: something else is there, or a file that Tessera did
     not write has the name of one that the folder would be read from. Asked before work starts."""
-    folder = Path(folder)
+    folder = expand(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         what = "a link to nothing" if folder.is_symlink() and not folder.exists() else "a file"
         raise InputError(f"{folder} is {what}, not a folder; choose another folder")

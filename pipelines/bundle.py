@@ -175,7 +175,8 @@ def assemble_bundle(
     replaced, all else there stays. Raises InputError when a part is broken, when parts do not fit together, or when
     `out` is a folder with something else.
     """
-    out, known = Path(out), new_bundle(out)
+    out = expand(out)
+    known = new_bundle(out)
     parts = (image_tokenizer, text_tokenizer, prior, reranker, segmentation_tokenizer)
     folders = dict(zip(PARTS, parts, strict=True))
     found = {part: find_folder(source) for part, source in folders.items() if source is not None}
@@ -200,7 +201,7 @@ def new_bundle(out: str | Path) -> dict[str, str]:
     Raises InputError when something else is there: a folder that is not empty and no bundle of ours, or a file in it
     that is not ours and has the name of one that would be written.
     """
-    out = Path(out)
+    out = expand(out)
     refuse_foreign(out)
     if not out.is_dir():
         return {}

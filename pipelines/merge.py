@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.paths import expand
 from common.weights import find_folder
 from common.writing import refuse_foreign
 from pipelines.bundle import PARTS, assemble_bundle, check_files, find_bundle, new_bundle, read_index
@@ -18,10 +19,10 @@ def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str
     Weights are written as float32, so that the pictures are those of the LoRAs kept apart. Raises InputError when a
     LoRA is one of another base, when the sum is not finite, or when `out` has something else in it.
     """
-    out = Path(out)
-    if (Path(model) / "config.json").is_file():
+    out, alone = expand(out), expand(model)
+    if (alone / "config.json").is_file():
         refuse_foreign(out)
-        _merged(Path(model), loras, out)
+        _merged(alone, loras, out)
         return out
     folder = find_bundle(model)
     new_bundle(out)

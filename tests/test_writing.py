@@ -319,3 +319,11 @@ def test_what_a_header_says_beside_its_tensors(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="no safetensors header"):
             safetensors_metadata(path)
+
+
+def test_the_home_folder_is_meant_by_its_sign(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save(Path("~/models/one"))
+    assert list((tmp_path / "home" / "models" / "one").iterdir()) and not (tmp_path / "~").exists()

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from common.averages import choosing
 from common.errors import InputError, nearest
+from common.paths import expand
 from common.weights import save_pretrained
 from common.writing import refuse_foreign
 from stage1_tokenizer.convert.vqgan import Converted, build
@@ -41,7 +42,7 @@ def convert(
     `ema`, where there are both. Raises InputError when the sources are not
     such a checkpoint, or when one of its weights is missing or left over.
     """
-    out = Path(out)
+    out = expand(out)
     refuse_foreign(out)
     try:
         with choosing(weights) as choice:
