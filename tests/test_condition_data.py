@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stage2_prior.encode
+import stage2_prior.finetune
 import stage2_prior.train
 from common.errors import InputError
 from common.folder import class_names, read_items
@@ -202,3 +203,33 @@ def test_codes_without_the_condition_and_models_without_it_are_refused(world, tm
         evaluate(folder, bare / "codes")
     with pytest.raises(InputError, match="was trained with another condition"):
         trained(world, tmp_path / "f", "gpt", "none", f"prior={folder}")
+
+
+@pytest.mark.parametrize("condition", ["class", "segmentation", "none"])
+def test_a_bundle_of_any_condition_is_merged_with_a_lora(world, tmp_path, condition):
+    prior = trained(world, tmp_path / "prior", "gpt", condition)
+    recipe = {
+        "prior": str(prior),
+        "codes": str(world / "codes"),
+        "lora": {"rank": 4, "alpha": 64, "targets": ["out", "mlp"]},  # fresh blocks add nothing but by these
+        "optimizer": {"learning_rate": 0.5, "weight_decay": 0.0},
+        "run": {"output": str(tmp_path / "lora"), "steps": 4, "batch_size": 4, "ema_decay": 0.0},
+    }
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(recipe))
+    lora = stage2_prior.finetune.finetune(tmp_path / "lora.yaml")
+    maps = world / "maps" if condition == "segmentation" else None
+    bundle = assemble_bundle(
+        tmp_path / "bundle", image_tokenizer=world / "images", prior=prior, text_tokenizer=None,
+        segmentation_tokenizer=maps,
+    )  # fmt: skip
+    assert cli.main(["merge", str(bundle), "--lora", str(lora), "--out", str(tmp_path / "merged")]) == 0
+
+    prompt = {"class": ClassLabel("cat"), "segmentation": SegmentationMap(world / "map0.png"), "none": NoPrompt()}
+    plain, merged = (
+        TextToImagePipeline.from_pretrained(folder, device="cpu") for folder in (bundle, tmp_path / "merged")
+    )
+    before = plain(prompt[condition], num_candidates=8).codes
+    plain.load_lora_weights(lora)
+    wanted = plain(prompt[condition], num_candidates=8).codes
+    assert torch.equal(merged(prompt[condition], num_candidates=8).codes, wanted)
+    assert not torch.equal(before, wanted)  # else the LoRA would show nothing
