@@ -4,7 +4,7 @@
 
 The steps of all models take turns, so that a machine's moods meet all alike. A step is forward, loss, backward and
 AdamW on random tokens: by default width 512, 12 layers, 8 heads, 64 text and 256 image tokens, batch 8. Ours has a text
-and an image vocabulary and foretells each token in its own; the others have one of the same size, which is as many
+and an image vocabulary and predicts each token in its own; the others have one of the same size, which is as many
 multiplications. Freed memory is kept, as `tessera train` asks for on a CPU; with `--return-memory` the C library gives
 it back, which costs all of them up to a tenth. Utilisation counts what a model needs (6 a weight and token, and
 attention in full, as in PaLM, Chowdhery et al. 2022, appendix B), against the fastest of a few large matrix products on

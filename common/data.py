@@ -7,6 +7,7 @@ a process would be left with an empty batch.
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -217,9 +218,8 @@ def check_shared_memory(batch: object, num_workers: int, folder: str = "/dev/shm
     size = sum(field.numel() * field.element_size() for field in fields if isinstance(field, Tensor))
     needed = size * (2 * num_workers + 1)  # a worker prepares two
     try:
-        probe = Path(folder) / f"tessera-{id(batch):x}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise InputError(

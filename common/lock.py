@@ -4,13 +4,14 @@ import json
 import os
 import socket
 import sys
+import warnings
 import weakref
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from common.errors import InputError
+from common.errors import InputError, InputWarning
 
 FILE = ".tessera-lock"  # in the folder; says whose it is, and stays behind when its process is killed
 
@@ -77,8 +78,11 @@ def _lock(file: IO[str]) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a file system without locks: better unlocked than no training
-        return True
+    except OSError as error:  # better unlocked than no training
+        warnings.warn(
+            InputWarning(f"{file.name} cannot be locked ({error.strerror}): see to it that nothing else writes there"),
+            stacklevel=3,
+        )
     return True
 
 

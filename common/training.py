@@ -10,8 +10,10 @@ Resuming with another is refused; what may change is listed in `MAY_CHANGE`. A d
 before it is used. A disk that is full costs that checkpoint, not the run. One process writes a run's folder at a time.
 """
 
+import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -298,10 +300,12 @@ class Run:
             content = {"step": self._saved, "identity": self.identity}
             content |= {name: part.state_dict() for name, part in self.state.items()}
             with self.optional(f"checkpoints/step-{self._saved:07d}.pt") as path:
+                _move_aside(path, self._saved)
                 with new_file(path) as part:
                     torch.save(content, part)
-                for _, old in self._checkpoints()[: -self.config.keep_checkpoints]:
-                    old.unlink()
+                for step, old in self._checkpoints()[: -self.config.keep_checkpoints]:
+                    if _is_checkpoint(old, step):
+                        old.unlink()
         self.accelerator.wait_for_everyone()
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
@@ -478,6 +482,22 @@ def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_checkpoint(path: Path, step: int) -> bool:
+    """Whether the file is a run's after that step, by its content; tensors are not read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # unpickling fails in many ways
+        return False
+    return isinstance(content, dict) and content.get("step") == step
+
+
+def _move_aside(path: Path, step: int) -> None:
+    """Gives a file that has a checkpoint's name and is none, damaged or somebody else's, another name."""
+    if os.path.lexists(path) and not _is_checkpoint(path, step):
+        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+        path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any] | str:

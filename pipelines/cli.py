@@ -534,7 +534,7 @@ def evaluate_prior(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how well a prior foretells the codes of pictures, in nats."""
+    """Say how well a prior predicts the codes of images, in nats."""
     from stage2_prior.evaluate import evaluate
 
     _print_report(evaluate(model, codes, guidance_scale), as_json)

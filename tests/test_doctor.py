@@ -1,11 +1,7 @@
 """The codebook doctor: what it counts, when it acts, and that a collapsed codebook recovers."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -23,6 +19,7 @@ from stage1_tokenizer.doctor import LEAST_SHARE, Doctor, DoctorConfig
 from stage1_tokenizer.doctor_page import evaluating, exemplars
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import TokenizerRecipe, train
+from tests.processes import run_processes
 
 PLENTY = torch.arange(16).repeat(64).view(1, 1, 32, 32)  # 64 uses of each of 16 codes
 
@@ -261,18 +258,7 @@ Path(sys.argv[2]).write_text(json.dumps([sha.hexdigest(), revival.patience, revi
 def test_two_processes_keep_one_codebook_and_prescribe_alike(world, tmp_path, kind):
     """Each sees its own pictures; codes are revived, and the doctor acts, from sums over both."""
     overrides = ["run.steps=40", "run.sample_every=40", "doctor.patience=5", f"model.bottleneck.type={kind}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-c", RANK, str(world / "tokenizer.yaml"), str(tmp_path / f"{rank}.json")]
-        ranks.append(subprocess.Popen([*command, f"run.output={tmp_path}/run", *overrides], env=environment))
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    run_processes(RANK, world / "tokenizer.yaml", f"{tmp_path}/{{rank}}.json", f"run.output={tmp_path}/run", *overrides)
     (first, patience, unused), second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert second == [first, patience, unused]
     assert patience == 5 and max(unused) <= 5  # the recipe has no revival: the doctor prescribed it, to both

@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from stage1_tokenizer import Autoencoder
 from stage2_prior.codes import Codes
 from stage2_prior.encode import encode, staged_name
 from tests.conftest import tiny_autoencoder
+from tests.processes import run_processes
 
 PICTURES = 10
 
@@ -233,20 +231,8 @@ def test_a_full_disk_costs_the_shard_and_leaves_no_part(world: Path, monkeypatch
 
 def test_two_processes_share_the_work_and_write_the_same(world: Path, encoded: list[int]) -> None:
     (world / "data" / "6.png").write_bytes(b"broken")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     code = "import sys; from stage2_prior.encode import encode; encode(sys.argv[1], sys.argv[2:])"
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-c", code, str(world / "encode.yaml"), f"output={world}/two"]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=200)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    said = run_processes(code, world / "encode.yaml", f"output={world}/two")
     assert "".join(said).count("6.png is not a readable picture") == 1  # of the process whose shard it is in
     encode(world / "encode.yaml", [f"output={world}/one"])
     for path in (world / "one").iterdir():

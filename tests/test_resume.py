@@ -211,6 +211,19 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
         assert torch.equal(weight, expected[name]), name  # as if nothing had happened
 
 
+def test_files_of_others_with_a_checkpoint_s_name_are_never_lost(world: Path, copied: Path) -> None:
+    folder = copied / "prior" / "checkpoints"
+    torch.save({"weights": torch.zeros(2)}, folder / "step-0000001.pt")  # of some other program
+    theirs = (folder / "step-0000001.pt").read_bytes()
+    (folder / "step-0000006.pt").write_text("precious")  # where one of ours will be written
+    train(world, "prior", copied / "prior", "run.steps=8")
+    assert (folder / "step-0000001.pt").read_bytes() == theirs
+    assert (folder / "step-0000006.pt.damaged").read_text() == "precious"
+    assert sorted(path.name for path in folder.glob("*.pt")) == [
+        "step-0000001.pt", "step-0000006.pt", "step-0000008.pt",
+    ]  # fmt: skip
+
+
 def test_damaged_checkpoints_alone_are_refused(world: Path, copied: Path) -> None:
     for path in (copied / "prior" / "checkpoints").iterdir():
         cut_off(path)
@@ -385,7 +398,7 @@ def test_shared_memory_is_looked_at_before(tmp_path: Path, monkeypatch: pytest.M
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "touch", read_only)
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\); mount it writable or use"):
         check_shared_memory(torch.zeros(10), 1, str(tmp_path))
 

@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +23,7 @@ from common.errors import InputError
 from common.training import OptimizerConfig, Optimizers, Run, RunConfig, TrainingError, schedule
 from stage2_prior import GPTConfig, GPTPrior, load_prior
 from stage2_prior.codes import CodesBatch
+from tests.processes import run_processes
 
 
 @pytest.fixture(scope="module")
@@ -361,17 +358,7 @@ Path(sys.argv[1] + f"-{run.accelerator.process_index}.json").write_text(json.dum
 def test_every_process_draws_numbers_of_its_own(tmp_path):
     """Two real processes see the same steps, and no random number of one (dropout, corrupted codes, left-out captions)
     is a number of the other's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        ranks.append(subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path / "run")], env=environment))
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    run_processes(RANK, tmp_path / "run")
     first, second = (json.loads((tmp_path / f"run-{rank}.json").read_text()) for rank in range(2))
     assert [row[0] for row in first] == [row[0] for row in second] == [0, 1, 2]
     numbers = [number for row in first + second for number in row[1:]]
