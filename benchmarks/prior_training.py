@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.hardware import keep_memory, multiplies_bfloat16
 from stage2_prior import GPTConfig, GPTPrior
 from stage2_prior.fused import product
 from stage2_prior.train import Objective
+from tessera.hardware import keep_memory, multiplies_bfloat16
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from common.hardware import cpu_multiplies_bfloat16
 from stage2_prior.sampling.engine import FP8_CAPABILITY
+from tessera.hardware import cpu_multiplies_bfloat16
 
 Run = Callable[[int], object]  # draws so many images
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.hardware import multiplies_bfloat16
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
+from tessera.hardware import multiplies_bfloat16
 
 SIZE, FACTOR, CODES, WIDTHS = 256, 16, 16384, (128, 128, 256, 256, 512)
 WORKS = ("encode", "decode", "train")

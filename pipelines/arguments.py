@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.errors import InputError, InputWarning
-from common.normalization import visible
+from tessera.errors import InputError, InputWarning
+from tessera.text.normalization import visible
 
 MOST_CHARACTERS = 32_000  # of a prompt
 SHOWN_OF_CUT = 120  # characters of what was cut off a prompt

@@ -22,18 +22,18 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import ConfigDict, Field
 
-from common.config import Config, validate
-from common.errors import InputError, nearest
-from common.files import read_json
-from common.paths import expand, is_file
-from common.text import TextTokenizer
-from common.weights import find_folder, fingerprint
-from common.writing import file_hash, refuse_foreign, replacing, write_json
 from pipelines.arguments import check_likelihood_weight
 from rerank.clip import WEIGHT_FILE, ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
 from stage2_prior.base import CONDITIONS, Prior
+from tessera.config import Config, validate
+from tessera.errors import InputError, nearest
+from tessera.files import read_json
+from tessera.paths import expand, is_file
+from tessera.text import TextTokenizer
+from tessera.weights.folder import find_folder, fingerprint
+from tessera.weights.writing import file_hash, refuse_foreign, replacing, write_json
 
 INDEX = "model_index.json"
 SHIPPED = Path(__file__).parent / "bundles"

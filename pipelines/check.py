@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.errors import InputError
-from common.folder import Item, read_folder
-from common.images import open_image
+from tessera.data.folder import Item, read_folder
+from tessera.errors import InputError
+from tessera.images import open_image
 
 NAMED = 10  # broken files and duplicates that are named; the rest are counted
 

@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from common.errors import InputError, InputWarning, WriteError, reason
-from common.paths import expand
+from tessera.errors import InputError, InputWarning, WriteError, reason
+from tessera.paths import expand
 
 EXTRAS = {  # packages that only a few need, and the extra that brings each
     "emoji": "emoji",
@@ -667,9 +667,9 @@ def bundle(
     ] = 0.0,
 ) -> None:
     """Put trained parts together into one folder that draws, and check that they belong together."""
-    from common.config import validate
     from pipelines.bundle import assemble_bundle
     from stage2_prior import Sampling
+    from tessera.config import validate
 
     given = {
         "temperature": temperature,

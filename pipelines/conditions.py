@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import InputError
-from common.images import read_map
-from common.paths import expand, is_file
 from stage1_tokenizer import Autoencoder
 from stage2_prior.base import Prior
+from tessera.errors import InputError
+from tessera.images import read_map
+from tessera.paths import expand, is_file
 
 
 class ClassLabel(str):

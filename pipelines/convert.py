@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import InputError
 from pipelines.bundle import new_bundle, save_bundle
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert import FAMILIES as TOKENIZERS
 from stage1_tokenizer.convert import convert as convert_tokenizer
 from stage2_prior.convert import convert as convert_prior
+from tessera.errors import InputError
 
 
 def convert(

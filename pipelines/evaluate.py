@@ -27,12 +27,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import InputError
-from common.files import parse_json, read_text
-from common.images import contact_sheet, open_image, opened_image, save_png
-from common.paths import is_file
-from common.writing import write_json, write_text
 from pipelines.judge import WHITE, Judge, Request, to_pixels
+from tessera.errors import InputError
+from tessera.files import parse_json, read_text
+from tessera.images import contact_sheet, open_image, opened_image, save_png
+from tessera.paths import is_file
+from tessera.weights.writing import write_json, write_text
 
 # (prompts, seed) -> images (P, N, 3, H, W), uint8 or float in [-1, 1], and scores (P, N), higher fits better. What it
 # draws for a prompt must not depend on the other prompts of the batch.

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Config, read_recipe
-from common.errors import InputError
 from pipelines.bundle import find_bundle, read_index
 from pipelines.evaluate import Draw, as_json, evaluate_pipeline, table
 from pipelines.judge import Judge, read_requests
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling
+from tessera.config import Config, read_recipe
+from tessera.errors import InputError
 
 
 class EvaluationRecipe(Config):

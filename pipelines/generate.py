@@ -22,11 +22,6 @@ from PIL import ImageChops
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import Config, validate
-from common.errors import InputError
-from common.files import read_json_lines
-from common.images import contact_sheet, open_image, open_mask, read_origin, save_png
-from common.paths import expand, is_folder
 from pipelines.arguments import check_keep, check_prompts
 from pipelines.bundle import bundle_fingerprint, draws_pictures_of, shipped_bundles, tessera_version
 from pipelines.conditions import SegmentationMap
@@ -34,6 +29,11 @@ from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
 from stage2_prior.sampling import set_precision
 from stage2_prior.sampling.settings import Precision
+from tessera.config import Config, validate
+from tessera.errors import InputError
+from tessera.files import read_json_lines
+from tessera.images import contact_sheet, open_image, open_mask, read_origin, save_png
+from tessera.paths import expand, is_folder
 
 MOST_NAME_BYTES = 120  # of the part of a file name that comes from the prompt
 SHEET_COLUMNS = 8

@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
-from common.files import parse_json, read_json_object, read_lines
-from common.folder import read_items
-from common.paths import expand, is_file, is_folder
-from common.weights import find_folder
 from stage2_prior.presets import parameters as count
 from stage2_prior.presets import preset, presets
+from tessera.data.folder import read_items
+from tessera.errors import InputError
+from tessera.files import parse_json, read_json_object, read_lines
+from tessera.paths import expand, is_file, is_folder
+from tessera.weights.folder import find_folder
 
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 

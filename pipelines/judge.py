@@ -34,9 +34,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import InputError
-from common.files import read_json_lines, read_json_object
-from common.images import opened_image
+from tessera.errors import InputError
+from tessera.files import read_json_lines, read_json_object
+from tessera.images import opened_image
 
 GRID = 24  # side of the compared picture
 CELL = 4  # of GRID, side of a histogram's cell

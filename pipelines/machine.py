@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

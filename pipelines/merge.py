@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.paths import expand
-from common.weights import find_folder
-from common.writing import refuse_foreign
 from pipelines.bundle import PARTS, assemble_bundle, check_files, find_bundle, new_bundle, read_index
 from stage2_prior import load_prior
 from stage2_prior.lora import Loras
+from tessera.paths import expand
+from tessera.weights.folder import find_folder
+from tessera.weights.writing import refuse_foreign
 
 
 def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str | Path) -> Path:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import InputError
-from common.images import open_image
-from common.paths import expand, is_file
 from pipelines.arguments import check_prompt, warn_of_cut
 from pipelines.bundle import INDEX, find_bundle, shipped_bundles
 from rerank import ClipReranker
+from tessera.errors import InputError
+from tessera.images import open_image
+from tessera.paths import expand, is_file
 
 
 class Place(NamedTuple):

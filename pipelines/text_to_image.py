@@ -15,9 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.config import validate
-from common.errors import InputError, InputWarning
-from common.images import fit, to_pil, to_tensor, white_cells
 from pipelines.arguments import (
     check_keep,
     check_likelihood_weight,
@@ -38,6 +35,9 @@ from stage2_prior.infill import GapsPrior
 from stage2_prior.lora import Loras
 from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import check_first_codes, sample_scored
+from tessera.config import validate
+from tessera.errors import InputError, InputWarning
+from tessera.images import fit, to_pil, to_tensor, white_cells
 
 MOST_ROWS = 64  # candidates drawn at once unless told otherwise; more do not get faster on a CPU
 MISSING = -1  # a code that is to be drawn, among those that are known

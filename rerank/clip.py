@@ -23,20 +23,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.averages import choosing
-from common.building import built_from
-from common.checkpoints import read_tensors
-from common.config import validate
-from common.errors import InputError, nearest, reason
-from common.files import read_json_object
-from common.normalization import visible
-from common.paths import expand, is_file, is_folder
-from common.text import END, PAD, TextTokenizer
-from common.weights import Unfilled, fingerprint, hub_at_once
-from common.writing import MARK, replacing, write_json
 from rerank import towers
 from rerank.preprocessing import Preprocessing
 from rerank.tokenizer import FileTokenizer, save_tokenizer, tokenizer_content, write_tokenizer
+from tessera.config import validate
+from tessera.errors import InputError, nearest, reason
+from tessera.files import read_json_object
+from tessera.paths import expand, is_file, is_folder
+from tessera.text import END, PAD, TextTokenizer
+from tessera.text.normalization import visible
+from tessera.weights.averages import choosing
+from tessera.weights.building import built_from
+from tessera.weights.folder import Unfilled, fingerprint, hub_at_once
+from tessera.weights.foreign import read_tensors
+from tessera.weights.writing import MARK, replacing, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_FILE = "open_clip_model.safetensors"

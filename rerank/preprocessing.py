@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.config import Config
-from common.errors import InputError
+from tessera.config import Config
+from tessera.errors import InputError
 
 
 class Preprocessing(Config):

@@ -4,9 +4,9 @@ That one goes through transformers; the files that `tessera train reranker` writ
 is not known here, are read by the tokenizers library alone, which takes a hundredth of the time to import.
 
 open_clip mends every text first (`clean`), and so did our rerankers, while priors read it unmended. A tokenizer that
-records what cannot be seen (`common/normalization.py`) is read as the prior reads it, without that: same text, same ids
-in both. Its `tokenizer_config.json` says so in `text_cleaning`, a key that open_clip does not know: there, curly quotes
-become straight and wide punctuation becomes narrow as ever.
+records what cannot be seen (`tessera/text/normalization.py`) is read as the prior reads it, without that: same text,
+same ids in both. Its `tokenizer_config.json` says so in `text_cleaning`, a key that open_clip does not know: there,
+curly quotes become straight and wide punctuation becomes narrow as ever.
 
 Letters: M texts, C context length.
 """
@@ -21,11 +21,11 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from common.config import Config
-from common.errors import InputError
-from common.normalization import sees_only_the_visible
-from common.text import END, SPECIALS, TextTokenizer
-from common.writing import write_json
+from tessera.config import Config
+from tessera.errors import InputError
+from tessera.text import END, SPECIALS, TextTokenizer
+from tessera.text.normalization import sees_only_the_visible
+from tessera.weights.writing import write_json
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # older files of transformers, which it reads as well

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.config import Config
+from tessera.config import Config
 
 Count = Annotated[int, Field(gt=0)]
 

@@ -14,15 +14,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.config import Config, read_recipe
-from common.data import DataConfig, ImageFolder, Steps
-from common.errors import InputError
-from common.text import TextTokenizer
-from common.training import OptimizerConfig, Run, RunConfig
-from common.writing import refuse_data_folder
 from rerank.clip import ClipReranker, new_clip
 from rerank.negatives import recombined
 from rerank.tokenizer import tokenizer_content
+from tessera.config import Config, read_recipe
+from tessera.data.source import DataConfig, ImageFolder, Steps
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.weights.writing import refuse_data_folder
 
 
 class RerankerRecipe(Config):

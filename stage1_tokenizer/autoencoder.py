@@ -15,10 +15,6 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.building import built_from
-from common.config import Config, Origin, read_config
-from common.errors import InputError
-from common.weights import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 from stage1_tokenizer.bottlenecks import BottleneckConfig, Bottlenecked, HierarchyConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.convolutions import Decoder, Encoder, NoEncoder, TrunkConfig
 from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder, DVAETrunkConfig
@@ -26,6 +22,10 @@ from stage1_tokenizer.losses.pixels import PixelKind, channels, to_images
 from stage1_tokenizer.movq import MoVQDecoder
 from stage1_tokenizer.patches import PatchEncoder
 from stage1_tokenizer.tiling import decode_tiles, encode_tiles
+from tessera.config import Config, Origin, read_config
+from tessera.errors import InputError
+from tessera.weights.building import built_from
+from tessera.weights.folder import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 
 
 def _trunk_kind(trunk: Any) -> str:

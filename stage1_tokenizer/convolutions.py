@@ -13,9 +13,9 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.config import Config
-from common.errors import InputError
 from stage1_tokenizer.winograd import WinogradConv2d
+from tessera.config import Config
+from tessera.errors import InputError
 
 
 class TrunkConfig(Config):

@@ -16,12 +16,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from common.data import ImageFolder
-from common.errors import InputError
-from common.images import to_pil
-from common.writing import write_text
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.doctor import Action, Doctor, Visit
+from tessera.data.source import ImageFolder
+from tessera.errors import InputError
+from tessera.images import to_pil
+from tessera.weights.writing import write_text
 
 PATCHES = 6  # of a code
 PICTURES = 256  # that patches are taken from

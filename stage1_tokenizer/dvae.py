@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Config
 from stage1_tokenizer.losses.pixels import EPSILON
+from tessera.config import Config
 
 
 class DVAETrunkConfig(Config):

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.data import ImageFolder, Unreadable
-from common.errors import InputError
-from common.files import read_json_lines
-from common.metrics import frechet_distance, perplexity, psnr, ssim
-from common.writing import write_text
 from stage1_tokenizer.autoencoder import Autoencoder
 from stage1_tokenizer.features import inception
 from stage1_tokenizer.losses.perceptual import LPIPS, CLIPFeatures
+from tessera.data.source import ImageFolder, Unreadable
+from tessera.errors import InputError
+from tessera.files import read_json_lines
+from tessera.metrics import frechet_distance, perplexity, psnr, ssim
+from tessera.weights.writing import write_text
 
 FEWEST = 2  # pictures that a Fréchet distance can be measured on
 LEFT_OUT = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 SHA256 = "6726825d"  # how the hash of the published file begins; its name says so too
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.errors import InputError
-from common.images import fit, open_image, save_png, to_pil, to_tensor, written_by_tessera
-from common.metrics import psnr
-from common.paths import expand
 from stage1_tokenizer.autoencoder import Autoencoder
+from tessera.errors import InputError
+from tessera.images import fit, open_image, save_png, to_pil, to_tensor, written_by_tessera
+from tessera.metrics import psnr
+from tessera.paths import expand
 
 MOST_PIXELS = 2**22  # of a picture at once, without tiles; attention at the code grid grows with the square of them
 

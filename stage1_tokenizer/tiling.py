@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
 from stage1_tokenizer.convolutions import Decoder, Encoder, SelfAttention, Upsample
 from stage1_tokenizer.dvae import DVAEDecoder, DVAEEncoder
 from stage1_tokenizer.movq import ModulatedAttention, ModulatedBlock, ModulatedNorm, MoVQDecoder
 from stage1_tokenizer.patches import PatchEncoder
+from tessera.errors import InputError
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -7,11 +7,6 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, read_recipe
-from common.data import DataConfig, ImageFolder, Steps
-from common.metrics import perplexity, psnr
-from common.training import OptimizerConfig, Run, RunConfig
-from common.writing import refuse_data_folder
 from stage1_tokenizer.autoencoder import Autoencoded, Autoencoder, AutoencoderConfig
 from stage1_tokenizer.doctor import Doctor, DoctorConfig
 from stage1_tokenizer.doctor_page import exemplars, write_page
@@ -26,6 +21,11 @@ from stage1_tokenizer.losses.adversarial import (
 )
 from stage1_tokenizer.losses.perceptual import PerceptualConfig, build_perceptual
 from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss
+from tessera.config import Config, read_recipe
+from tessera.data.source import DataConfig, ImageFolder, Steps
+from tessera.metrics import perplexity, psnr
+from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.weights.writing import refuse_data_folder
 
 
 class LossConfig(Config):

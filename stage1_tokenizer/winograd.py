@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import native
-from common.hardware import cpu_multiplies_bfloat16
+from tessera.hardware import cpu_multiplies_bfloat16
+from tessera.native import build as native
 
 FEWEST_PIXELS = {torch.float32: 64 * 64, torch.bfloat16: 32 * 32}  # below, bringing the weights there costs too much
 BLOCKS = 256  # at a time, or a row of them

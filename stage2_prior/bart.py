@@ -20,11 +20,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.config import Config
-from common.errors import InputError
-from common.text import END, PAD, START, TextTokenizer
 from stage2_prior.base import Cache, Prior, PriorConfig, prompt_tokens
 from stage2_prior.blocks import KeyValues
+from tessera.config import Config
+from tessera.errors import InputError
+from tessera.text import END, PAD, START, TextTokenizer
 
 
 class BartSize(Config):

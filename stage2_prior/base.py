@@ -17,10 +17,10 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Config, Origin
-from common.errors import InputError
-from common.text import FILE, TextTokenizer
-from common.weights import save_pretrained
+from tessera.config import Config, Origin
+from tessera.errors import InputError
+from tessera.text import FILE, TextTokenizer
+from tessera.weights.folder import save_pretrained
 
 
 class PromptTooLong(InputError):

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.config import Config, validate
-from common.data import Order
-from common.errors import InputError
-from common.files import read_json, read_json_lines
 from stage2_prior.base import flatten_codes
+from tessera.config import Config, validate
+from tessera.data.source import Order
+from tessera.errors import InputError
+from tessera.files import read_json, read_json_lines
 
 META = "meta.json"
 CAPTIONS = "captions.jsonl"

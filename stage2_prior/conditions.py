@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.errors import InputError, nearest
-from common.text import PAD, START, TextTokenizer
 from stage2_prior.base import Condition, Prior, PriorConfig, class_labels, flatten_codes, prompt_tokens
 from stage2_prior.codes import Codes, CodesBatch
+from tessera.errors import InputError, nearest
+from tessera.text import PAD, START, TextTokenizer
 
 
 class ConditionedConfig(PriorConfig):

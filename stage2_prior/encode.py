@@ -23,17 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import Config, read_recipe, validate
-from common.data import DataConfig, ImageFolder, Unreadable
-from common.errors import InputError
-from common.files import read_json
-from common.folder import Item, class_names, read_items
-from common.hardware import has_accelerator
-from common.images import read_map
-from common.lock import FolderLock
-from common.writing import MARK, is_ours, new_file, refuse_data_folder, write_json, write_text
 from stage1_tokenizer import Autoencoder
 from stage2_prior.codes import CAPTIONS, META, CodesMeta, SegmentationMeta, shard_name
+from tessera.config import Config, read_recipe, validate
+from tessera.data.folder import Item, class_names, read_items
+from tessera.data.source import DataConfig, ImageFolder, Unreadable
+from tessera.errors import InputError
+from tessera.files import read_json
+from tessera.hardware import has_accelerator
+from tessera.images import read_map
+from tessera.weights.lock import FolderLock
+from tessera.weights.writing import MARK, is_ours, new_file, refuse_data_folder, write_json, write_text
 
 DIGEST = 16  # bytes
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import InputError
-from common.text import PAD
 from stage2_prior.base import Prior
 from stage2_prior.codes import Codes
 from stage2_prior.conditions import batch_prefix, condition_of
 from stage2_prior.load import load_prior
 from stage2_prior.sampling.settings import guide
 from stage2_prior.transformer import GPTPrior
+from tessera.errors import InputError
+from tessera.text import PAD
 
 
 @torch.inference_mode()

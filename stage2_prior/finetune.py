@@ -16,10 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.config import Config, read_recipe
-from common.errors import InputError
-from common.training import OptimizerConfig, Run, RunConfig
-from common.writing import replacing
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
@@ -34,6 +30,10 @@ from stage2_prior.train import (
     sample_pictures,
 )
 from stage2_prior.transformer import GPTPrior
+from tessera.config import Config, read_recipe
+from tessera.errors import InputError
+from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.weights.writing import replacing
 
 
 class LoraSettings(Config):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from stage2_prior.base import Cache, Prior, flatten_codes, unflatten_codes
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTPrior
+from tessera.errors import InputError
 
 ONLY_ROWS = (
     "this prior draws row after row and sees nothing that comes later; to fill gaps train a GPT with "

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.errors import InputError
-from common.text import SPECIALS, TextTokenizer
 from stage2_prior.base import Cache, Prior, PriorConfig, PromptTooLong
 from stage2_prior.padding import PaddedKeyValues, causal_mask
+from tessera.errors import InputError
+from tessera.text import SPECIALS, TextTokenizer
 
 ATTENTION = "tessera"  # name of our attention among transformers' own
 PROMPT = "{prompt}"  # stands for the user's words in a template

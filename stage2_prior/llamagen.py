@@ -20,11 +20,11 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.text import TextTokenizer
 from stage2_prior.base import Cache, Condition, Prior, PriorConfig, class_labels
 from stage2_prior.blocks import KeyValues
 from stage2_prior.padding import PaddedKeyValues, causal_mask
 from stage2_prior.t5 import T5Features
+from tessera.text import TextTokenizer
 
 
 class LlamaGenConfig(PriorConfig):

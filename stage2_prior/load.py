@@ -4,12 +4,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from common.building import built_from
-from common.config import read_config
-from common.errors import InputError, nearest
-from common.text import FILE, TextTokenizer
-from common.weights import Unfilled, find_folder, load_weights
 from stage2_prior.base import Prior, PriorConfig
+from tessera.config import read_config
+from tessera.errors import InputError, nearest
+from tessera.text import FILE, TextTokenizer
+from tessera.weights.building import built_from
+from tessera.weights.folder import Unfilled, find_folder, load_weights
 
 KINDS = ("gpt", "bart", "pixelcnn", "mindalle", "rudalle", "llamagen", "janus", "taming")
 

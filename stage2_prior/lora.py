@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.config import validate
-from common.errors import InputError
-from common.files import read_json
-from common.paths import expand, is_file
-from common.weights import find_folder, fingerprint
+from tessera.config import validate
+from tessera.errors import InputError
+from tessera.files import read_json
+from tessera.paths import expand, is_file
+from tessera.weights.folder import find_folder, fingerprint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files

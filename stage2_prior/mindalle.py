@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.text import SPECIALS, TextTokenizer
 from stage2_prior.base import Predictions, prompt_tokens
 from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
+from tessera.text import SPECIALS, TextTokenizer
 
 
 class MinDALLEConfig(BlocksConfig):

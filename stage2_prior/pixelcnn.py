@@ -25,12 +25,12 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.config import Config
-from common.text import PAD, TextTokenizer
 from stage2_prior.base import Cache
 from stage2_prior.blocks import Block
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
 from stage2_prior.depth import DepthHead
+from tessera.config import Config
+from tessera.text import PAD, TextTokenizer
 
 
 class PixelCNNSize(Config):

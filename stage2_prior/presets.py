@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from common.config import validate
-from common.errors import nearest
-from common.files import read_yaml
 from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
+from tessera.config import validate
+from tessera.errors import nearest
+from tessera.files import read_yaml
 
 FOLDER = Path(__file__).parent / "configs"
 

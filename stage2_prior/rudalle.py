@@ -18,10 +18,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.text import SPECIALS, TextTokenizer
 from stage2_prior import patterns
 from stage2_prior.base import Predictions, prompt_tokens
 from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
+from tessera.text import SPECIALS, TextTokenizer
 
 PADDING, START, END = 0, 2, 3  # of the text
 Pattern = Literal["row", "column", "square"]

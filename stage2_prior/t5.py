@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import InputError
-from common.weights import hub_at_once
 from stage2_prior.base import PromptTooLong
 from stage2_prior.captions import clean
+from tessera.errors import InputError
+from tessera.weights.folder import hub_at_once
 
 FILES = "config.json, model.safetensors or its shards, tokenizer.json and tokenizer_config.json"
 

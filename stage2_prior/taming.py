@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage2_prior.base import class_labels, flatten_codes
 from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
 
 
 class TamingConfig(BlocksConfig):

@@ -9,10 +9,6 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
 
-from common.config import Config, read_recipe, validate
-from common.errors import InputError
-from common.text import PAD, TextTokenizer
-from common.training import OptimizerConfig, Run, RunConfig
 from stage1_tokenizer import Autoencoder
 from stage2_prior.bart import BartConfig, BartPrior, BartSize
 from stage2_prior.base import Condition, Predictions, Prior, unflatten_codes
@@ -25,6 +21,10 @@ from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
 from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 from stage2_prior.truncation import describe, truncation
+from tessera.config import Config, read_recipe, validate
+from tessera.errors import InputError
+from tessera.text import PAD, TextTokenizer
+from tessera.training.run import OptimizerConfig, Run, RunConfig
 
 
 def _kind(size: Any) -> str:

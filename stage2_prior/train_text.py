@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from common.config import Config, read_recipe
-from common.data import DataConfig
-from common.errors import InputError
-from common.folder import Item, read_folder
-from common.text import TextTokenizer
-from common.writing import refuse_data_folder, refuse_foreign
 from stage2_prior.truncation import describe, truncation
+from tessera.config import Config, read_recipe
+from tessera.data.folder import Item, read_folder
+from tessera.data.source import DataConfig
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.writing import refuse_data_folder, refuse_foreign
 
 
 class TextRecipe(Config):

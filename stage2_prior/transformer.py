@@ -23,8 +23,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.config import Config
-from common.text import PAD, TextTokenizer
 from stage2_prior.attention import Attention, KeyValueCache, View
 from stage2_prior.base import Cache, Predictions
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
@@ -32,6 +30,8 @@ from stage2_prior.depth import DepthHead
 from stage2_prior.fused import Linear, RMSNorm, gelu_linear, linear
 from stage2_prior.patterns import Pattern, arrangement, visible
 from stage2_prior.positions import Axes, rotation
+from tessera.config import Config
+from tessera.text import PAD, TextTokenizer
 
 
 class GPTSize(Config):

@@ -12,7 +12,7 @@ from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
-from common.text import TextTokenizer
+from tessera.text import TextTokenizer
 
 MOST_CAPTIONS = 100_000  # so many, drawn at random, are counted where there are more
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from common.text import TextTokenizer
 from pipelines.bundle import assemble_bundle
 from pipelines.text_to_image import TextToImagePipeline
 from rerank.clip import ClipReranker, new_clip
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage2_prior import GPTConfig, GPTPrior, Sampling
+from tessera.text import TextTokenizer
 
 torch.set_num_threads(1)
 

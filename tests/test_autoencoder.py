@@ -5,8 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.errors import InputError
-from common.weights import fingerprint
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.bottlenecks import (
     BottleneckConfig,
@@ -25,6 +23,8 @@ from stage1_tokenizer.convolutions import TrunkConfig
 from stage1_tokenizer.losses.pixels import PixelKind
 from stage2_prior import sample
 from stage2_prior.base import flatten_codes, unflatten_codes
+from tessera.errors import InputError
+from tessera.weights.folder import fingerprint
 from tests.conftest import tiny_prior
 
 

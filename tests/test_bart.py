@@ -14,9 +14,6 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoints import Weights
-from common.errors import InputError
-from common.text import TextTokenizer
 from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
@@ -25,6 +22,9 @@ from stage2_prior.bart import BartConfig, BartPrior, NormedAttention, spell_emoj
 from stage2_prior.codes import Codes
 from stage2_prior.convert import min_dalle as converter
 from stage2_prior.train import Objective
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import random_vqgan
 
@@ -452,8 +452,8 @@ def test_sizes_that_cannot_be_are_refused(options: dict, sentence: str) -> None:
 
 
 def test_recipes_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
-    from common.config import validate
     from stage2_prior.train import PriorRecipe
+    from tessera.config import validate
 
     recipe = {"codes": "c", "text_tokenizer": "t", "run": {"output": "o", "steps": 1, "batch_size": 1}}
     for changes, sentence in (

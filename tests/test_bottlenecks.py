@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from torch.distributions import Categorical, Normal
 from torch.distributions import kl_divergence as reference_kl
 
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import (
     BottleneckConfig,
     FSQConfig,
@@ -30,6 +29,7 @@ from stage1_tokenizer.bottlenecks.gaussian import Posterior, kl_divergence
 from stage1_tokenizer.bottlenecks.gumbel import cosine, kl_to_uniform
 from stage1_tokenizer.bottlenecks.lfq import entropies
 from stage2_prior.base import flatten_codes, unflatten_codes
+from tessera.errors import InputError
 
 CONFIGS: list[BottleneckConfig] = [
     IdentityConfig(),

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 
-from common.errors import InputError
-from common.text import TextTokenizer
-from common.writing import file_hash
 from pipelines import bundle as bundles
 from pipelines.bundle import (
     INDEX,
@@ -28,6 +25,9 @@ from rerank import ClipReranker
 from rerank.clip import WEIGHT_FILE, new_clip
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.writing import file_hash
 from tests.conftest import CAPTIONS, TINY_CLIP, tiny_autoencoder, tiny_prior
 
 PARTS = ("image_tokenizer", "text_tokenizer", "prior", "reranker")

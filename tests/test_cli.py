@@ -14,9 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from common.errors import InputError
-from common.images import read_origin
 from pipelines import cli
+from tessera.errors import InputError
+from tessera.images import read_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 Refused = Callable[..., str]
@@ -102,7 +102,7 @@ def test_every_command_explains_itself(ran: Ran) -> None:
 
 
 def test_a_process_ends_with_the_exit_code() -> None:
-    command = [sys.executable, "-m", "pipelines", "info", "no/such/folder"]
+    command = [sys.executable, "-m", "tessera", "info", "no/such/folder"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tessera: error: 'no/such/folder' is neither")
@@ -253,7 +253,7 @@ def test_results_are_on_stdout_and_the_rate_on_stderr(draw: list[object], capsys
     assert ".png" in out and ".png" not in error
 
 
-@pytest.mark.filterwarnings("default::common.errors.InputWarning")
+@pytest.mark.filterwarnings("default::tessera.errors.InputWarning")
 def test_a_long_prompt_is_drawn_with_one_line_about_what_was_cut(
     draw: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -549,7 +549,7 @@ def test_training_on_broken_pictures_is_refused(capsys: pytest.CaptureFixture[st
 
 
 def write_tokens(folder: Path) -> None:
-    from common.text import TextTokenizer
+    from tessera.text import TextTokenizer
 
     TextTokenizer.train(["a red square"], 280).save_pretrained(folder / "text_tokenizer")
 

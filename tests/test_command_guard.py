@@ -19,16 +19,16 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.config import Config, read_recipe
-from common.errors import InputError, WriteError, nearest, reason
-from common.images import save_png, written_by_tessera
-from common.paths import expand, is_file
 from pipelines import cli
 from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.reconstruct import reconstruct
 from stage2_prior.lora import Loras, base_fingerprint, read_lora
+from tessera.config import Config, read_recipe
+from tessera.errors import InputError, WriteError, nearest, reason
+from tessera.images import save_png, written_by_tessera
+from tessera.paths import expand, is_file
 
 ROOT = Path(__file__).resolve().parent.parent
 POSIX_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -36,7 +36,7 @@ POSIX_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 def tessera(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """The command in a process of its own; what it writes stays bytes."""
-    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    command = [sys.executable, "-m", "tessera", *map(str, arguments)]
     with_path = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, cwd=cwd, env=with_path, stdin=subprocess.DEVNULL)
 
@@ -73,7 +73,7 @@ def test_the_locale_c_reads_prompts_and_names_as_utf_8(tiny_bundle: Path, tmp_pa
 def test_every_file_is_opened_in_a_named_encoding() -> None:
     """By the syntax tree: what a locale decides is broken on somebody's machine."""
     unnamed = []
-    folders = ("common", "stage1_tokenizer", "stage2_prior", "rerank", "pipelines", "recipes", "benchmarks")
+    folders = ("tessera", "stage1_tokenizer", "stage2_prior", "rerank", "pipelines", "recipes", "benchmarks")
     for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):

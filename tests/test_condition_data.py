@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 import stage2_prior.encode
 import stage2_prior.finetune
 import stage2_prior.train
-from common.errors import InputError
-from common.folder import class_names, read_items
-from common.images import open_image, read_map, to_tensor
 from pipelines import TextToImagePipeline, cli
 from pipelines.bundle import assemble_bundle
 from pipelines.conditions import ClassLabel, NoPrompt, SegmentationMap
 from stage2_prior import load_prior
 from stage2_prior.codes import Codes
 from stage2_prior.evaluate import evaluate
+from tessera.data.folder import class_names, read_items
+from tessera.errors import InputError
+from tessera.images import open_image, read_map, to_tensor
 
 from .conftest import tiny_autoencoder
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import read_recipe
 from stage1_tokenizer.train import TokenizerRecipe
 from stage2_prior.encode import EncodeRecipe
 from stage2_prior.train import PriorRecipe
+from tessera.config import read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES / "segmentation"))  # its scripts import each other by their bare names

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
 from stage2_prior.base import class_labels
 from stage2_prior.pixelcnn import ConditionReader, PixelCNNConfig, PixelCNNPrior
 from stage2_prior.sampling.settings import guide
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
 from tests.prior_laws import check_gradients, check_steps
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心"]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from common.config import Config, read_config, read_recipe, validate
-from common.errors import InputError, nearest
+from tessera.config import Config, read_config, read_recipe, validate
+from tessera.errors import InputError, nearest
 
 
 class Cat(Config):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from pipelines import cli
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.bottlenecks import VQConfig, build_bottleneck
 from stage1_tokenizer.convert import convert
+from tessera.errors import InputError
 from tests.test_convert_tokenizers import (
     Reference,
     converted,

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import InputError
-from common.pickles import Inert, module_tensors, read_pickle
 from pipelines import cli
 from pipelines.info import describe
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.convert import FAMILIES, convert
 from stage2_prior.convert import FAMILIES as PRIORS
+from tessera.errors import InputError
+from tessera.weights.pickles import Inert, module_tensors, read_pickle
 
 GOLDEN = Path(__file__).parent / "golden"
 Weights = dict[str, Tensor]

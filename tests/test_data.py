@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageFolder, Order, Steps
-from common.errors import InputError
-from common.folder import Item, read_items
-from common.images import open_image, read_origin, save_png, to_pil, to_tensor
-from common.metrics import perplexity, psnr
 from stage2_prior.codes import Codes, CodesSteps
+from tessera.data.folder import Item, read_items
+from tessera.data.source import ImageFolder, Order, Steps
+from tessera.errors import InputError
+from tessera.images import open_image, read_origin, save_png, to_pil, to_tensor
+from tessera.metrics import perplexity, psnr
 
 
 @pytest.fixture

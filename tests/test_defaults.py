@@ -16,10 +16,10 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "golden" / "defaults.json"
 SOURCES = (
-    "common/training.py",
-    "common/muon.py",
-    "common/metrics.py",
-    "common/bpe_dropout.py",
+    "tessera/training/run.py",
+    "tessera/training/muon.py",
+    "tessera/metrics.py",
+    "tessera/text/bpe_dropout.py",
     "stage1_tokenizer/**/*.py",
     "stage2_prior/**/*.py",
     "rerank/*.py",

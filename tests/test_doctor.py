@@ -10,15 +10,15 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from common.config import read_recipe
-from common.errors import InputError
-from common.training import OptimizerConfig, Optimizers, Run
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.bottlenecks import HierarchyConfig, ResidualConfig, VQConfig, VQEMAConfig, build_bottleneck
 from stage1_tokenizer.doctor import LEAST_SHARE, Doctor, DoctorConfig
 from stage1_tokenizer.doctor_page import evaluating, exemplars
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import TokenizerRecipe, train
+from tessera.config import read_recipe
+from tessera.errors import InputError
+from tessera.training.run import OptimizerConfig, Optimizers, Run
 from tests.processes import run_processes
 
 PLENTY = torch.arange(16).repeat(64).view(1, 1, 32, 32)  # 64 uses of each of 16 codes
@@ -197,7 +197,7 @@ def test_the_page_shows_it_all_and_needs_no_other_file(world, tmp_path):
 @torch.no_grad()
 def test_exemplars_are_pixels_that_chose_the_code(world, tmp_path):
     recipe = read_recipe(TokenizerRecipe, world / "tokenizer.yaml", [f"run.output={tmp_path}"])
-    from common.data import ImageFolder
+    from tessera.data.source import ImageFolder
 
     autoencoder, data = Autoencoder(recipe.model), ImageFolder(world, 16)
     autoencoder.bottleneck.eval()

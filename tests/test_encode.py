@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import stage2_prior.encode
-from common.errors import InputError, WriteError
 from stage1_tokenizer import Autoencoder
 from stage2_prior.codes import Codes
 from stage2_prior.encode import encode, staged_name
+from tessera.errors import InputError, WriteError
 from tests.conftest import tiny_autoencoder
 from tests.processes import run_processes
 
@@ -50,7 +50,7 @@ def pairs(world: Path) -> dict[str, list[int]]:
 
 
 def expected(world: Path, numbers: object = range(PICTURES)) -> dict[str, list[int]]:
-    from common.data import ImageFolder
+    from tessera.data.source import ImageFolder
 
     data = ImageFolder(world / "data", 16)
     tokenizer = Autoencoder.from_pretrained(world / "tokenizer")

@@ -8,8 +8,6 @@ import sys
 import pytest
 import torch
 
-from common import native
-from common.errors import InputError
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling import cpu, kernels
 from stage2_prior.sampling import engine as engines
@@ -18,6 +16,8 @@ from stage2_prior.sampling.engine import accelerated, engine_for, set_precision,
 from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.prune import Plan, sample_pruned
 from stage2_prior.sampling.quantized import FP8, Int8, without_fp8
+from tessera.errors import InputError
+from tessera.native import build as native
 
 
 @pytest.fixture(autouse=True, scope="module")

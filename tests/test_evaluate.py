@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.errors import InputError
 from pipelines.evaluate import asked_for, choose, evaluate_pipeline, table
 from pipelines.judge import Judge, Region, Request
+from tessera.errors import InputError
 
 SHAPES = {"disc": (200, 30, 30), "ring": (30, 30, 200), "square": (20, 120, 40), "bar": (90, 60, 30)}
 WHOLE, LEFT, RIGHT = (0.0, 0.0, 1.0, 1.0), (0.0, 0.25, 0.5, 0.75), (0.5, 0.25, 1.0, 0.75)

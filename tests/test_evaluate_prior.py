@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.errors import InputError
 from stage2_prior import flatten_codes, load_prior
 from stage2_prior.evaluate import by_depth, evaluate
 from stage2_prior.sampling.settings import guide
+from tessera.errors import InputError
 
 CAPTIONS = ["a red heart", "a dog", "红心在蓝色圆圈上方"]
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import ImageFolder
-from common.errors import InputError
-from common.metrics import frechet_distance, psnr
 from rerank.clip import new_clip
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.losses.perceptual import CLIPFeatures
+from tessera.data.source import ImageFolder
+from tessera.errors import InputError
+from tessera.metrics import frechet_distance, psnr
 
 RESNET = {
     "embed_dim": 8,

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.data import ImageFolder, Unreadable
-from common.errors import InputError
-from common.files import parse_json, parse_yaml, read_json_lines, read_lines, split_lines
-from common.folder import read_folder, read_items
-from common.images import save_png
 from pipelines.check import check
+from tessera.data.folder import read_folder, read_items
+from tessera.data.source import ImageFolder, Unreadable
+from tessera.errors import InputError
+from tessera.files import parse_json, parse_yaml, read_json_lines, read_lines, split_lines
+from tessera.images import save_png
 
 ROW = {"file_name": "0.png", "text": "a red heart"}
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # that str.splitlines takes for line ends

@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.averages import choosing, unwrapped
-from common.checkpoints import Weights, mentions, need, pick, read_tensors
-from common.containers import unpacked
-from common.errors import InputError, InputWarning
-from common.pickles import MAGIC, VERSION, Inert, read_pickle
 from pipelines import cli
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert import convert
+from tessera.errors import InputError, InputWarning
+from tessera.weights.averages import choosing, unwrapped
+from tessera.weights.containers import unpacked
+from tessera.weights.foreign import Weights, mentions, need, pick, read_tensors
+from tessera.weights.pickles import MAGIC, VERSION, Inert, read_pickle
 from tests.test_convert_tokenizers import random_vqgan, wrapped
 
 State = dict[str, Tensor]
@@ -313,8 +313,8 @@ def test_a_small_file_cannot_ask_for_gigabytes(name: str, tmp_path: Path) -> Non
     script = textwrap.dedent(f"""
         import resource, sys
         from pathlib import Path
-        from common.checkpoints import read_tensors
-        from common.errors import InputError
+        from tessera.weights.foreign import read_tensors
+        from tessera.errors import InputError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             read_tensors([Path({str(path)!r})])

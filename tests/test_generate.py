@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from common.errors import InputError
-from common.images import read_origin, save_png, to_tensor
 from pipelines import generate as generating
 from pipelines.bundle import assemble_bundle, bundle_fingerprint
 from pipelines.generate import Report, generate, public_name, read_prompts, replay, slug
 from pipelines.text_to_image import TextToImagePipeline
 from rerank import ClipReranker
 from stage2_prior import Sampling, load_prior
+from tessera.errors import InputError
+from tessera.images import read_origin, save_png, to_tensor
 from tests.conftest import tiny_prior
 
 PROMPT = "A red heart, above: a blue circle!"

@@ -8,7 +8,7 @@ import pytest
 TOUCH_AGAIN = """
 import resource, sys
 import torch
-from common.hardware import keep_memory
+from tessera.hardware import keep_memory
 
 if sys.argv[1] == "kept":
     keep_memory()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from common.errors import InputError, InputWarning
-from common.images import open_image, read_map, read_origin, save_png, written_by_tessera
-from common.writing import new_file
+from tessera.errors import InputError, InputWarning
+from tessera.images import open_image, read_map, read_origin, save_png, written_by_tessera
+from tessera.weights.writing import new_file
 
 GRADIENT = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.errors import InputError
 from stage2_prior import GPTConfig, GPTPrior, Sampling, infill, sample
 from stage2_prior.infill import GapsPrior
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 from stage2_prior.train import random_order, raster_share
+from tessera.errors import InputError
 from tests.prior_laws import check_gradients
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from common.errors import InputError
-from common.images import fit, open_image, open_mask, read_origin, to_pil, to_tensor, white_cells
-from common.text import TextTokenizer
 from pipelines import cli
 from pipelines.bundle import assemble_bundle
 from pipelines.text_to_image import TextToImagePipeline
 from stage1_tokenizer import Autoencoder
 from stage2_prior import GPTConfig, GPTPrior, Sampling, flatten_codes, infill
+from tessera.errors import InputError
+from tessera.images import fit, open_image, open_mask, read_origin, to_pil, to_tensor, white_cells
+from tessera.text import TextTokenizer
 from tests.conftest import tiny_prior
 
 PROMPT = "a red heart above a blue circle"

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from common import native
-from common.errors import InputError
 from stage2_prior import Sampling, sample
 from stage2_prior.sampling import kernels
 from stage2_prior.sampling.jacobi import sample_speculatively
+from tessera.errors import InputError
+from tessera.native import build as native
 from tests.test_engine import Doubled, inputs, make_prior
 
 

@@ -15,7 +15,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration
 
-from common.errors import InputError
 from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
@@ -23,6 +22,7 @@ from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import janus as converter
 from stage2_prior.janus import JanusPrior
+from tessera.errors import InputError
 from tests.prior_laws import check_laws
 
 BEGIN, PADDING, BEGIN_IMAGE = "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", "<begin_of_image>"

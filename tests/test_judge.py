@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from pipelines.judge import Judge, Region, Request, Verdict, lab, read_requests
+from tessera.errors import InputError
 
 pytest.importorskip("emoji", reason="the recipe's names come from the package `emoji`: pip install 'tessera[emoji]'")
 pytest.importorskip("uharfbuzz", reason="the recipe shapes glyphs with `uharfbuzz`: pip install 'tessera[emoji]'")

@@ -15,8 +15,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from common.checkpoints import Weights
-from common.errors import InputError
 from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
@@ -26,6 +24,8 @@ from stage2_prior.captions import clean
 from stage2_prior.convert import convert as convert_prior
 from stage2_prior.convert import llamagen as converter
 from stage2_prior.llamagen import LlamaGenPrior
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import random_vqgan, to_llamagen
 

@@ -10,15 +10,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.errors import InputError
-from common.text import TextTokenizer
-from common.training import OptimizerConfig, Optimizers, Run
 from pipelines import cli
 from pipelines.generate import generate, replay
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, load_prior
 from stage2_prior.finetune import LoraSettings, add_lora, finetune, save_lora, split_qkv
 from stage2_prior.lora import Loras, base_fingerprint, read_lora, target_layers
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.training.run import OptimizerConfig, Optimizers, Run
 
 ALL = ("q", "k", "v", "out", "mlp")
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from common.metrics import code_counts, frechet_distance, perplexity, psnr, ssim
 from stage1_tokenizer.features import Inception
+from tessera.metrics import code_counts, frechet_distance, perplexity, psnr, ssim
 
 
 def test_frechet_distance_of_gaussians_equals_the_closed_form_in_one_dimension():

@@ -13,9 +13,6 @@ from tokenizers import CharBPETokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-from common.checkpoints import Weights
-from common.errors import InputError
-from common.text import TextTokenizer
 from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
@@ -23,6 +20,9 @@ from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import mindalle as converter
 from stage2_prior.mindalle import MinDALLEPrior
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import random_vqgan
 

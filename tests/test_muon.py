@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from common.hardware import multiplies_bfloat16
-from common.muon import Muon, orthogonal
+from tessera.hardware import multiplies_bfloat16
+from tessera.training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (5, 12), (12, 5)])

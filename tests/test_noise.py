@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from common import native
 from stage2_prior.sampling import kernels
 from stage2_prior.sampling.noise import _mix, draw_with, exponential, words_of
+from tessera.native import build as native
 
 CODES = 1024
 

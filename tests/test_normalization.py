@@ -18,11 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.errors import InputError, InputWarning
-from common.images import read_origin
-from common.normalization import normalizer, visible
-from common.text import FILE, TextTokenizer
-from common.writing import write_json
 from pipelines import TextToImagePipeline
 from pipelines.arguments import check_prompt
 from pipelines.bundle import INDEX, bundle_fingerprint, draws_pictures_of, file_hash, find_bundle, read_index
@@ -31,6 +26,11 @@ from pipelines.rank import rank
 from rerank import ClipReranker
 from rerank.clip import new_clip
 from rerank.tokenizer import FileTokenizer, write_tokenizer
+from tessera.errors import InputError, InputWarning
+from tessera.images import read_origin
+from tessera.text import FILE, TextTokenizer
+from tessera.text.normalization import normalizer, visible
+from tessera.weights.writing import write_json
 from tests.conftest import TINY_CLIP
 
 CAPTIONS = ["a red heart above a blue circle", "A small cat in the top left corner", "红色背景上的心", "it’s a “café”"]

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
 from stage2_prior.sampling.engine import engine_for
 from stage2_prior.sampling.sample import draw
 from stage2_prior.sampling.settings import filter_logits, guide
 from stage2_prior.train import Objective
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
 from tests.prior_laws import check_gradients
 
 TEXTS = ["a red heart", "a blue circle above a cat", "红色的心", "a small dog in the top left corner"]

@@ -7,9 +7,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage2_prior.train import train
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
 
 CAPTION = "a red heart above a blue circle"
 

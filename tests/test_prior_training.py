@@ -12,13 +12,13 @@ from PIL import Image
 import stage2_prior.encode
 import stage2_prior.train
 import stage2_prior.train_text
-from common.config import read_recipe
-from common.errors import InputError
 from pipelines.info import describe
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage2_prior import GPTConfig, GPTPrior, load_prior, sample, unflatten_codes
 from stage2_prior.presets import parameters, preset
 from stage2_prior.train import Objective, PriorRecipe, corrupt, hide
+from tessera.config import read_recipe
+from tessera.errors import InputError
 
 
 def tiny(**options):

@@ -63,7 +63,7 @@ def test_pictures_and_pages_that_it_links_are_there() -> None:
 
 def test_files_of_the_map_are_there() -> None:
     """Each line of the tree is a folder and what is in it; words with a dot or a slash at the end are files there."""
-    (tree,) = [block for block in blocks("") if block.startswith("common/")]
+    (tree,) = [block for block in blocks("") if block.startswith("tessera/")]
     for line in tree.splitlines():
         folder, *described = line.split()
         names = [name for word in described for name in re.findall(r"^([\w.]+(?:\.(?:py|sh|yaml)|/)),?$", word)]

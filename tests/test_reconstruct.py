@@ -3,11 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import InputError
-from common.images import open_image, to_tensor
 from pipelines import cli
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.reconstruct import MOST_PIXELS, through
+from tessera.errors import InputError
+from tessera.images import open_image, to_tensor
 
 
 @pytest.fixture

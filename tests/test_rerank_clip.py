@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import InputError
-from common.images import to_pil, to_tensor
-from common.text import END, PAD, TextTokenizer
 from rerank import ClipReranker
 from rerank.clip import WEIGHT_FILE, new_clip
+from tessera.errors import InputError
+from tessera.images import to_pil, to_tensor
+from tessera.text import END, PAD, TextTokenizer
 from tests.conftest import CAPTIONS, TINY_CLIP
 
 PROMPTS = ["a red heart above a blue circle", "红心在蓝色圆圈上方", "dog"]

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from common.text import TextTokenizer
 from rerank import ClipReranker, towers
 from rerank.clip import WEIGHT_FILE, new_clip
 from rerank.preprocessing import Preprocessing
 from rerank.tokenizer import FileTokenizer
+from tessera.text import TextTokenizer
 from tests.conftest import TINY_CLIP
 
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}

@@ -21,11 +21,11 @@ import stage2_prior.encode
 import stage2_prior.finetune
 import stage2_prior.train
 import stage2_prior.train_text
-from common import training
-from common.data import Steps, check_shared_memory, step_loader
-from common.errors import InputError, WriteError
-from common.images import written_by_tessera
-from common.training import Run
+from tessera.data.source import Steps, check_shared_memory, step_loader
+from tessera.errors import InputError, WriteError
+from tessera.images import written_by_tessera
+from tessera.training import run as training
+from tessera.training.run import Run
 
 RUN = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "sample_every": 4, "log_every": 1}
 
@@ -327,7 +327,7 @@ def test_a_run_s_folder_is_its_own(world: Path, tmp_path: Path) -> None:
 
 def test_two_runs_cannot_share_a_folder(world: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from stage1_tokenizer import train as t; from common.training import Run\n"
+        "import sys, time; from stage1_tokenizer import train as t; from tessera.training.run import Run\n"
         "update = Run.update\n"
         "def slow(self, *a):\n    update(self, *a); print('running', flush=True); time.sleep(60)\n"
         "Run.update = slow; t.train(sys.argv[1], [f'run.output={sys.argv[2]}'])"

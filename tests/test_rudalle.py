@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoints import Weights
-from common.errors import InputError
-from common.text import TextTokenizer
 from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import rudalle as converter
 from stage2_prior.rudalle import Pattern, RuDALLEPrior, visible
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import random_vqgan
 

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling.parts import draw_in_parts
 from stage2_prior.sampling.prune import (
@@ -20,6 +18,8 @@ from stage2_prior.sampling.prune import (
 )
 from stage2_prior.sampling.sample import Drawing, draw, sample_scored
 from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
 
 TEXTS = ["a red heart", "a blue circle above a cat"]
 SETTINGS = [

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from common.errors import InputError
 from pipelines import cli
 from pipelines.bundle import assemble_bundle, load_bundle
 from pipelines.conditions import SegmentationMap, map_codes
@@ -24,6 +23,7 @@ from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.taming import TamingPrior
+from tessera.errors import InputError
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import Reference, random_vqgan
 

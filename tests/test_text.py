@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from common.errors import InputError
-from common.normalization import visible
-from common.text import END, SPECIALS, TextTokenizer
 from pipelines.bundle import find_bundle
+from tessera.errors import InputError
+from tessera.text import END, SPECIALS, TextTokenizer
+from tessera.text.normalization import visible
 
 CAPTIONS = [
     "a red heart above a blue circle",

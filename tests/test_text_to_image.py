@@ -11,8 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from common.errors import InputError, InputWarning
-from common.images import to_pil
 from pipelines import text_to_image
 from pipelines.arguments import check_prompt
 from pipelines.conditions import ClassLabel, NoPrompt
@@ -20,6 +18,8 @@ from pipelines.machine import find_device, free_memory
 from pipelines.text_to_image import Generated, TextToImagePipeline, batches, fill
 from rerank import ClipReranker
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, sample, unflatten_codes
+from tessera.errors import InputError, InputWarning
+from tessera.images import to_pil
 from tests.conftest import tiny_prior
 
 PROMPT = "a red heart above a blue circle"

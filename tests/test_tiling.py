@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from common.errors import InputError
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.bottlenecks.codebook import nearest
 from stage1_tokenizer.tiling import decode_tiles, encode_tiles
+from tessera.errors import InputError
 
 SIZES = {"channels": 16, "encoder_blocks": 2, "decoder_blocks": 2, "latent_dim": 8, "norm_groups": 8}
 TRUNKS = {

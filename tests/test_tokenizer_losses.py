@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.errors import InputError
 from stage1_tokenizer.losses.adversarial import (
     LeCam,
     PatchDiscriminator,
@@ -23,6 +22,7 @@ from stage1_tokenizer.losses.adversarial import (
 from stage1_tokenizer.losses.perceptual import LPIPS, LPIPS_TAPS, LPIPSConfig, _lpips_heads, build_perceptual
 from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss, to_images
 from stage1_tokenizer.train import LossConfig, adversarial_share, pixel_loss
+from tessera.errors import InputError
 from tests.test_autoencoder import tiny
 
 

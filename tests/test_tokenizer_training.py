@@ -10,13 +10,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stage2_prior.encode
-from common.config import read_recipe
-from common.errors import InputError
-from common.training import Run
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import TokenizerRecipe, train
 from stage2_prior.train import find_image_tokenizer
+from tessera.config import read_recipe
+from tessera.errors import InputError
+from tessera.training.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ import stage1_tokenizer.train
 import stage2_prior.encode
 import stage2_prior.train
 import stage2_prior.train_text
-from common.errors import InputError
-from common.training import OptimizerConfig, Optimizers, Run, RunConfig, TrainingError, schedule
 from stage2_prior import GPTConfig, GPTPrior, load_prior
 from stage2_prior.codes import CodesBatch
+from tessera.errors import InputError
+from tessera.training.run import OptimizerConfig, Optimizers, Run, RunConfig, TrainingError, schedule
 from tests.processes import run_processes
 
 
@@ -343,7 +343,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch.utils.data import Dataset
-from common.training import Run, RunConfig
+from tessera.training.run import Run, RunConfig
 
 class Numbers(Dataset):
     def __getitem__(self, step):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.text import TextTokenizer
 from stage2_prior.truncation import Truncation, describe, language, truncation
+from tessera.text import TextTokenizer
 
 TOKENIZER = TextTokenizer.train(["a red heart"] * 5, vocab_size=280)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import InputError
-from common.text import TextTokenizer
-from common.weights import Unfilled, find_folder
 from stage1_tokenizer import Autoencoder
 from stage2_prior import load_prior
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.folder import Unfilled, find_folder
 from tests.conftest import tiny_autoencoder, tiny_prior
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import native
-from common.hardware import cpu_multiplies_bfloat16
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.winograd import FEWEST_PIXELS, WinogradConv2d, _sums, convolve, convolve_bfloat16
+from tessera.hardware import cpu_multiplies_bfloat16
+from tessera.native import build as native
 
 
 @pytest.fixture

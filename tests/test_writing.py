@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import writing
-from common.errors import InputError, WriteError
-from common.lock import FolderLock
-from common.text import TextTokenizer
-from common.weights import load_weights, refuse_not_finite
-from common.writing import is_ours, new_file, refuse_foreign, replacing, safetensors_metadata, write_text
 from pipelines.bundle import INDEX, assemble_bundle, load_bundle
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import load_prior
+from tessera.errors import InputError, WriteError
+from tessera.text import TextTokenizer
+from tessera.weights import writing
+from tessera.weights.folder import load_weights, refuse_not_finite
+from tessera.weights.lock import FolderLock
+from tessera.weights.writing import is_ours, new_file, refuse_foreign, replacing, safetensors_metadata, write_text
 from tests.conftest import tiny_autoencoder
 
 FOREIGN = {
@@ -158,7 +158,7 @@ def test_a_folder_left_half_way_is_refused_and_written_again(tmp_path: Path, mon
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    child = "import os, sys; from common.writing import replacing\nwith replacing(sys.argv[1]): os._exit(9)"
+    child = "import os, sys; from tessera.weights.writing import replacing\nwith replacing(sys.argv[1]): os._exit(9)"
     subprocess.run([sys.executable, "-c", child, str(tmp_path)])
     assert [path.name.startswith(writing.PART) for path in tmp_path.iterdir()] == [True]
     living = tmp_path / writing._part_name()
@@ -215,7 +215,7 @@ def test_a_full_disk_costs_the_file_and_leaves_no_part_of_it(tmp_path: Path) -> 
 
 
 def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
-    child = "import sys; from pathlib import Path; from common.lock import FolderLock\n"
+    child = "import sys; from pathlib import Path; from tessera.weights.lock import FolderLock\n"
     child += "lock = FolderLock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", child, str(tmp_path)], stdin=-1, stdout=-1) as other:
         assert other.stdout is not None and other.stdout.readline() == b"locked\n"

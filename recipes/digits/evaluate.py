@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.svm import SVC
 
-from common.data import ImageFolder
-from common.images import contact_sheet, to_pil
 from pipelines import TextToImagePipeline
+from tessera.data.source import ImageFolder
+from tessera.images import contact_sheet, to_pil
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from common.errors import InputError
-from common.writing import own_folder
+from tessera.errors import InputError
+from tessera.weights.writing import own_folder
 
 
 def main() -> int:

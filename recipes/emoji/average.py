@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from common.text import TextTokenizer
 from stage2_prior import load_prior
+from tessera.text import TextTokenizer
 
 
 def main() -> None:

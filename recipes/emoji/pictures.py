@@ -8,8 +8,8 @@ Prints the prompts with the seeds of their pictures, row by row.
 import sys
 from pathlib import Path
 
-from common.images import contact_sheet
 from pipelines import TextToImagePipeline
+from tessera.images import contact_sheet
 
 PROMPTS = [
     "red heart",

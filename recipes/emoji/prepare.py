@@ -46,8 +46,8 @@ from world import (
     training_scenes,
 )
 
-from common.errors import InputError
-from common.writing import own_folder
+from tessera.errors import InputError
+from tessera.weights.writing import own_folder
 
 EXPECTED = {"sequences": 3789, "items": 3771, "train": 3462, "tone": 156, "tone2": 33, "gender": 114, "colour": 6}
 

@@ -18,12 +18,12 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data import ImageFolder
-from common.folder import read_items
-from common.images import fit, open_image, save_png, to_pil
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import train
+from tessera.data.folder import read_items
+from tessera.data.source import ImageFolder
+from tessera.images import fit, open_image, save_png, to_pil
 
 HERE = Path(__file__).parent
 SHOWN = 8  # pictures of the grid

@@ -6,8 +6,8 @@ python recipes/lora_subject/pictures.py recipes/lora_subject/pictures.png
 import sys
 from pathlib import Path
 
-from common.images import contact_sheet
 from pipelines import TextToImagePipeline
+from tessera.images import contact_sheet
 
 LORA = "runs/lora_subject/lora/model"
 PROMPTS = [

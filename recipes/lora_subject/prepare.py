@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.writing import own_folder
+from tessera.weights.writing import own_folder
 
 NAME, SIZE = "tessie", 136  # pixels of the drawing, as the references have
 HELD_OUT_COLOURS, HELD_OUT_PLACE = ("blue", "orange"), "bottom right"

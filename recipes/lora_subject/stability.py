@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.training import OptimizerConfig, Optimizers
 from stage2_prior import load_prior
 from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.conditions import batch_prefix
 from stage2_prior.finetune import LoraSettings, add_lora
 from stage2_prior.train import Objective, Trainable
+from tessera.training.run import OptimizerConfig, Optimizers
 
 PRIOR, RUNS = Path("pipelines/bundles/emoji/prior"), Path("runs/lora_subject")
 BASE: dict[str, Any] = {"learning_rate": 2e-3, "rank": 8, "alpha": 16}

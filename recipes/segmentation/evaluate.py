@@ -17,10 +17,10 @@ from labels import BACKGROUND, label_map, label_picture
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.data import ImageFolder
-from common.images import contact_sheet, to_pil
 from pipelines import TextToImagePipeline
 from pipelines.conditions import SegmentationMap
+from tessera.data.source import ImageFolder
+from tessera.images import contact_sheet, to_pil
 
 
 def main() -> int:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError
-from common.writing import own_folder
+from tessera.errors import InputError
+from tessera.weights.writing import own_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from glyphs import DEFAULT_FONT, compose, load_items, premultiplied

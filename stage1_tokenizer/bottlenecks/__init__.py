@@ -4,7 +4,6 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, field_validator
 
-from common.config import Config
 from stage1_tokenizer.bottlenecks.base import Bottleneck, Bottlenecked
 from stage1_tokenizer.bottlenecks.codebook import Gradient
 from stage1_tokenizer.bottlenecks.fsq import FiniteScalarQuantizer
@@ -17,6 +16,7 @@ from stage1_tokenizer.bottlenecks.residual import ResidualQuantizer
 from stage1_tokenizer.bottlenecks.simvq import SimVectorQuantizer
 from stage1_tokenizer.bottlenecks.vq import Metric, Normalize, VectorQuantizer
 from stage1_tokenizer.bottlenecks.vq_ema import EMAVectorQuantizer
+from tessera.config import Config
 
 __all__ = [
     "Bottleneck",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.errors import InputError
-from common.metrics import code_counts
+from tessera.errors import InputError
+from tessera.metrics import code_counts
 
 
 class Bottlenecked(NamedTuple):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.averages import choosing
-from common.errors import InputError, nearest
-from common.paths import expand
-from common.weights import save_pretrained
-from common.writing import refuse_foreign
 from stage1_tokenizer.convert.vqgan import Converted, build
+from tessera.errors import InputError, nearest
+from tessera.paths import expand
+from tessera.weights.averages import choosing
+from tessera.weights.folder import save_pretrained
+from tessera.weights.writing import refuse_foreign
 
 FAMILIES = (
     "taming-vqgan",

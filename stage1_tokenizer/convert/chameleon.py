@@ -7,9 +7,6 @@ and no decoder, so no picture could be made with it, and it is refused.
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.convert.taming import (
     FILES,
     IBQ_INSTEAD,
@@ -21,6 +18,9 @@ from stage1_tokenizer.convert.taming import (
     says_ibq,
 )
 from stage1_tokenizer.convert.vqgan import Converted
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights
 
 FAMILY = "chameleon-vq"
 OWN_FILES = ("vqgan.ckpt", "tokenizer/vqgan.ckpt", "vqgan*.ckpt", *FILES)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import Weights, by_checkpoint, find_files, read_settings, read_tensors
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import Converted, Names, read_vqgan, refuse_other_families
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights, by_checkpoint, find_files, read_settings, read_tensors
 
 FAMILY = "diffusers-vq"
 NAMES = Names(

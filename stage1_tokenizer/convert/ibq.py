@@ -7,8 +7,6 @@ dot products, and not the nearest vector. SEED-Voken's checkpoints hold a moving
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.convert.taming import (
     FILES,
     SETTINGS,
@@ -19,6 +17,8 @@ from stage1_tokenizer.convert.taming import (
     target,
 )
 from stage1_tokenizer.convert.vqgan import TAMING, Converted, refuse_other_families
+from tessera.config import Origin
+from tessera.errors import InputError
 
 FAMILY = "ibq-vq"
 

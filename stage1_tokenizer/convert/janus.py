@@ -8,12 +8,12 @@ does, which is the same where the codes are equally long.
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, read_settings, read_tensors
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert import llamagen
 from stage1_tokenizer.convert.vqgan import LARGEST_SIZE, TAMING, Converted, read_vqgan, refuse_other_families
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights, find_files, read_settings, read_tensors
 
 FAMILY = "janus-vq"
 TRANSFORMERS = TAMING._replace(low_first=True)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, one_checkpoint, read_tensors
-from common.config import Origin
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import Converted, Names, read_vqgan, refuse_other_families
+from tessera.config import Origin
+from tessera.weights.foreign import Weights, find_files, one_checkpoint, read_tensors
 
 FAMILY = "llamagen-vq"
 NAMES = Names(

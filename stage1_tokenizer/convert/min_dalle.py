@@ -7,10 +7,10 @@ It has no encoder. Its group norms have PyTorch's default epsilon, where the ori
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, one_checkpoint, read_tensors
-from common.config import Origin
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.vqgan import TAMING, Converted, read_vqgan, refuse_other_families
+from tessera.config import Origin
+from tessera.weights.foreign import Weights, find_files, one_checkpoint, read_tensors
 
 FAMILY = "min-dalle-detoker"
 NAMES = TAMING._replace(codebook="embedding.weight")

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import section
-from common.config import Origin
 from stage1_tokenizer.convert.taming import open_checkpoint, read_taming
 from stage1_tokenizer.convert.vqgan import Converted
+from tessera.config import Origin
+from tessera.weights.foreign import section
 
 FAMILY = "mindalle-vqgan"
 

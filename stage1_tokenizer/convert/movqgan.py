@@ -7,10 +7,10 @@ of an attention has another name.
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import Origin
 from stage1_tokenizer.bottlenecks import VQConfig
 from stage1_tokenizer.convert.taming import FILES, SETTINGS, compare, model_settings, open_checkpoint
 from stage1_tokenizer.convert.vqgan import SPATIAL, TAMING, Converted, read_vqgan, refuse_other_families
+from tessera.config import Origin
 
 FAMILY = "sber-movqgan"
 NAMES = TAMING._replace(modulated=True, modulated_attention_norm="norm")

@@ -7,13 +7,13 @@ Gumbel bottleneck and the decoder's first one, which reads one-hot codes, its co
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoints import Weights, find_files, read_tensors
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.autoencoder import AutoencoderConfig
 from stage1_tokenizer.bottlenecks import GumbelConfig
 from stage1_tokenizer.convert.vqgan import Converted, needed_shapes, refuse_other_families
 from stage1_tokenizer.dvae import DVAETrunkConfig
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights, find_files, read_tensors
 
 FAMILY = "openai-dvae"
 BLOCK = "blocks.group_{group}.block_{block}"

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.convert.taming import GUMBEL, model_settings, open_checkpoint, read_taming
 from stage1_tokenizer.convert.vqgan import Converted, refuse_other_families
+from tessera.config import Origin
+from tessera.errors import InputError
 
 FAMILY = "rudalle-vqgan"
 

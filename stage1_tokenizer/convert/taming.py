@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoints import Weights, find_files, mentions, one_checkpoint, pick_settings, read_tensors, section
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import BottleneckConfig, GumbelConfig, VQConfig
 from stage1_tokenizer.bottlenecks.vq import Metric
 from stage1_tokenizer.convert.vqgan import SPATIAL, TAMING, Converted, read_vqgan, refuse_other_families
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights, find_files, mentions, one_checkpoint, pick_settings, read_tensors, section
 
 FAMILY = "taming-vqgan"
 INSIDE = "first_stage_model."  # of a transformer's checkpoint

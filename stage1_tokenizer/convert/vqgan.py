@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.checkpoints import Weights
-from common.config import Origin
-from common.errors import InputError
 from stage1_tokenizer.autoencoder import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.bottlenecks import BottleneckConfig
 from stage1_tokenizer.convolutions import TrunkConfig
+from tessera.config import Origin
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights
 
 DEFAULT_SIZE = 256  # pixels a side, where a checkpoint does not say
 LARGEST_SIZE = 2**14  # that settings may say: grids of codes and tables of positions are made of it

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.checkpoints import read_tensors
-from common.config import Config
-from common.errors import InputError, reason
-from common.paths import is_file
+from tessera.config import Config
+from tessera.errors import InputError, reason
+from tessera.paths import is_file
+from tessera.weights.foreign import read_tensors
 
 LPIPSNet = Literal["vgg", "alex", "squeeze"]
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 from pydantic import ValidationError
 
-from common.averages import choosing
-from common.errors import InputError, nearest
 from stage2_prior.convert.base import Converted
+from tessera.errors import InputError, nearest
+from tessera.weights.averages import choosing
 
 FAMILIES = ("mindalle", "rudalle", "min-dalle", "llamagen", "janus", "taming")
 

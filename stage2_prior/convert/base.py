@@ -7,14 +7,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tokenizers import AddedToken, Tokenizer, models
 
-from common.checkpoints import Weights, by_checkpoint, need
-from common.containers import matching, refuse_stand_in
-from common.errors import InputError
-from common.files import read_json, read_lines
-from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer import Autoencoder
 from stage2_prior.base import Prior, PriorConfig
 from stage2_prior.sampling import Sampling
+from tessera.errors import InputError
+from tessera.files import read_json, read_lines
+from tessera.text import SPECIALS, TextTokenizer
+from tessera.weights.containers import matching, refuse_stand_in
+from tessera.weights.foreign import Weights, by_checkpoint, need
 
 P = TypeVar("P", bound=Prior)
 

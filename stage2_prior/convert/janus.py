@@ -14,17 +14,17 @@ from typing import Any
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from common.checkpoints import Weights, find_files, need, pick, read_settings, read_tensors, section
-from common.config import Config, Origin, validate
-from common.containers import refuse_stand_in
-from common.errors import InputError
-from common.files import read_json_object
-from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer.convert.janus import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, check_vocabulary, foreign_vocabulary
 from stage2_prior.janus import PROMPT, JanusConfig, JanusPrior
 from stage2_prior.sampling import Sampling
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.files import read_json_object
+from tessera.text import SPECIALS, TextTokenizer
+from tessera.weights.containers import refuse_stand_in
+from tessera.weights.foreign import Weights, find_files, need, pick, read_settings, read_tensors, section
 
 FAMILY = "janus"
 PUBLISHED = (

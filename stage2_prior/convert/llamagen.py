@@ -12,9 +12,6 @@ from typing import Any
 
 from pydantic import Field
 
-from common.checkpoints import Weights, read_settings, read_tensors
-from common.config import Config, Origin, validate
-from common.errors import InputError
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert.llamagen import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import LARGEST_SIZE
@@ -23,6 +20,9 @@ from stage2_prior.convert.base import Converted, build, one_file
 from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
 from stage2_prior.sampling import Sampling
 from stage2_prior.t5 import FILES
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.weights.foreign import Weights, read_settings, read_tensors
 
 FAMILY = "llamagen"
 PUBLISHED = (

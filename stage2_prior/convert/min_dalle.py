@@ -14,15 +14,15 @@ import torch
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from common.checkpoints import Weights, need, pick, read_tensors
-from common.config import Config, Origin, validate
-from common.errors import InputError
-from common.text import SPECIALS, TextTokenizer
 from stage1_tokenizer.convert.min_dalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.bart import BartConfig, BartPrior
 from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished, read_merges, read_vocabulary
 from stage2_prior.sampling import Sampling
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.text import SPECIALS, TextTokenizer
+from tessera.weights.foreign import Weights, need, pick, read_tensors
 
 FAMILY = "min-dalle"
 PUBLISHED = (

@@ -11,15 +11,15 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
-from common.checkpoints import Weights, need, read_settings, read_tensors, section, unpacked
-from common.config import Config, Origin, validate
-from common.errors import InputError
-from common.text import TextTokenizer
 from stage1_tokenizer.convert.mindalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished, read_merges, read_vocabulary
 from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
 from stage2_prior.sampling import Sampling
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.text import TextTokenizer
+from tessera.weights.foreign import Weights, need, read_settings, read_tensors, section, unpacked
 
 FAMILY = "mindalle"
 PUBLISHED = (

@@ -11,17 +11,17 @@ from typing import Any, Literal
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from common.checkpoints import Weights, need, read_tensors
-from common.config import Config, Origin, validate
-from common.containers import refuse_stand_in
-from common.errors import InputError
-from common.files import read_lines
-from common.text import TextTokenizer
 from stage1_tokenizer.convert.rudalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished
 from stage2_prior.rudalle import END, PADDING, START, RuDALLEConfig, RuDALLEPrior
 from stage2_prior.sampling import Sampling
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.files import read_lines
+from tessera.text import TextTokenizer
+from tessera.weights.containers import refuse_stand_in
+from tessera.weights.foreign import Weights, need, read_tensors
 
 FAMILY = "rudalle"
 PUBLISHED = (

@@ -13,10 +13,6 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from common.checkpoints import Weights, pick_settings, read_tensors, section
-from common.config import Config, Origin, validate
-from common.containers import matching
-from common.errors import InputError
 from stage1_tokenizer.bottlenecks import GumbelConfig, VQConfig
 from stage1_tokenizer.convert.taming import IBQ_INSTEAD, is_ibq, model_settings, read_taming
 from stage1_tokenizer.convert.taming import IGNORED as TOKENIZER_IGNORED
@@ -25,6 +21,10 @@ from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
 from stage2_prior.sampling import Sampling
 from stage2_prior.taming import TamingConfig, TamingPrior
+from tessera.config import Config, Origin, validate
+from tessera.errors import InputError
+from tessera.weights.containers import matching
+from tessera.weights.foreign import Weights, pick_settings, read_tensors, section
 
 FAMILY = "taming"
 PUBLISHED = (

@@ -15,8 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from common import native
-from common.errors import InputError
 from stage2_prior.attention import Attention
 from stage2_prior.base import Cache, Prior
 from stage2_prior.depth import DepthBlock, DepthHead
@@ -27,6 +25,8 @@ from stage2_prior.sampling.kernels import KINDS
 from stage2_prior.sampling.quantized import MULTIPLE, without_fp8
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block, GPTConfig, GPTPrior
+from tessera.errors import InputError
+from tessera.native import build as native
 
 # What the engines were written for. A field that is not here must have its default, which is what priors had before it.
 KNOWN = {

@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from stage2_prior.base import Prior
 from stage2_prior.sampling.cpu import CPUCache, CPUEngine
 from stage2_prior.sampling.engine import accelerated
 from stage2_prior.sampling.noise import draw_with, words_of
 from stage2_prior.sampling.sample import Progress, sample
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
+from tessera.errors import InputError
 
 
 class Speculated(NamedTuple):

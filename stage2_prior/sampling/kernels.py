@@ -1,4 +1,4 @@
-"""Calls `kernels.cpp`: steps of the GPT prior on a CPU, compiled for it by `common.native`."""
+"""Calls `kernels.cpp`: steps of the GPT prior on a CPU, compiled for it by `tessera.native.build`."""
 
 import ctypes
 import functools
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import native
 from stage2_prior.sampling.settings import Precision
+from tessera.native import build as native
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 KINDS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2}

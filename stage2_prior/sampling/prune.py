@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from stage2_prior.base import Prior
 from stage2_prior.sampling.parts import is_out_of_memory, joined, make_room
 from stage2_prior.sampling.sample import Drawing, Progress, Sampled
 from stage2_prior.sampling.settings import Sampling
+from tessera.errors import InputError
 
 # (the prefix's number in 0 .. R - 1, codes so far (m, position) int64) -> (m,), higher is more promising
 Promise = Callable[[int, Tensor], Tensor]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
 from stage2_prior.sampling.settings import Precision
 from stage2_prior.transformer import Block
+from tessera.errors import InputError
 
 FEWEST = 32  # rows that `_int_mm` multiplies on a GPU
 MULTIPLE = 16  # of both sides of a weight, for the GPU's kernels

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import InputError
 from stage2_prior.base import Prior
 from stage2_prior.sampling.engine import engine_for
 from stage2_prior.sampling.noise import draw_with, words_of
 from stage2_prior.sampling.parts import draw_in_parts
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
+from tessera.errors import InputError
 
 Progress = Callable[[int], None]  # codes drawn since the last call
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from common.config import Config
+from tessera.config import Config
 
 Precision = Literal["float32", "bfloat16", "int8", "fp8"]  # that an engine keeps a prior's weights in
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from common.errors import InputError, reason
+from tessera.errors import InputError, reason
 
 FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "eye")  # of torch; their sizes come first
 SPARE = 2**24  # numbers beyond those in the files: masks, tables of positions, what is made again when it is loaded

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from PIL import features
 
-from common.errors import InputError, nearest
-from common.files import read_json_lines, read_lines, read_text
-from common.images import written_by_tessera
+from tessera.errors import InputError, nearest
+from tessera.files import read_json_lines, read_lines, read_text
+from tessera.images import written_by_tessera
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 OTHER_PICTURES = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".eps", ".ico", ".tga", ".exr", ".hdr", ".dng",

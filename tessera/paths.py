@@ -5,7 +5,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 
 def expand(path: str | Path) -> Path:

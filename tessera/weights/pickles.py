@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # what torch began its files with before 1.6
 MOST_TIMES, SPARE = 16, 2**26  # of a file's size, and bytes: well above what compression gains on weights

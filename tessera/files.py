@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 LINE_END = re.compile(r"\r\n|\n|\r")
 MARKS = (  # the longer first: the mark of UTF-32 begins with that of UTF-16

@@ -14,12 +14,12 @@ from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common.bpe_dropout import DroppingBPE
-from common.errors import InputError
-from common.foreign_text import adopt, as_json, clip_tokenizer
-from common.normalization import normalizer, sees_only_the_visible
-from common.paths import expand
-from common.writing import replacing, write_text
+from tessera.errors import InputError
+from tessera.paths import expand
+from tessera.text.bpe_dropout import DroppingBPE
+from tessera.text.foreign import adopt, as_json, clip_tokenizer
+from tessera.text.normalization import normalizer, sees_only_the_visible
+from tessera.weights.writing import replacing, write_text
 
 PAD, START, END = 0, 1, 2
 SPECIALS = ["<pad>", "<start>", "<end>"]

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from common.config import Origin
-from common.errors import InputError, InputWarning
+from tessera.config import Origin
+from tessera.errors import InputError, InputWarning
 
 # An average beside the weights: latent-diffusion's LitEma writes `model_ema.` and names without dots, MoVQGAN one for
 # each part, others `ema.` or `ema_model.` before whole names.

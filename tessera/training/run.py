@@ -34,15 +34,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common.config import Config
-from common.data import Unreadable, step_loader
-from common.errors import InputError, WriteError
-from common.files import parse_yaml, read_text, split_lines
-from common.hardware import has_accelerator, keep_memory, multiplies_bfloat16
-from common.images import contact_sheet, save_png, to_pil
-from common.lock import FolderLock
-from common.muon import Muon
-from common.writing import new_file, refuse_foreign, write_text
+from tessera.config import Config
+from tessera.data.source import Unreadable, step_loader
+from tessera.errors import InputError, WriteError
+from tessera.files import parse_yaml, read_text, split_lines
+from tessera.hardware import has_accelerator, keep_memory, multiplies_bfloat16
+from tessera.images import contact_sheet, save_png, to_pil
+from tessera.training.muon import Muon
+from tessera.weights.lock import FolderLock
+from tessera.weights.writing import new_file, refuse_foreign, write_text
 
 # Keys of a recipe that may differ between a checkpoint and the run that resumes from it: how long, how often, how fast
 # and where to. Paths may differ too; what they lead to is compared by its content.

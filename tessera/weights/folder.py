@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from common.errors import InputError
-from common.files import read_json_object
-from common.paths import expand, is_folder
-from common.writing import replacing, write_text
+from tessera.errors import InputError
+from tessera.files import read_json_object
+from tessera.paths import expand, is_folder
+from tessera.weights.writing import replacing, write_text
 
 WEIGHT_FILES = WHOLE, INDEX = ("model.safetensors", "model.safetensors.index.json")
 

@@ -18,9 +18,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
-from common.files import read_json_object
-from common.pickles import most_bytes
+from tessera.errors import InputError
+from tessera.files import read_json_object
+from tessera.weights.pickles import most_bytes
 
 STATES = ("*_model_states.pt", "checkpoint/*_model_states.pt", "global_step*/*_model_states.pt")  # DeepSpeed's
 SHARD = re.compile(r"(?P<start>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.\w+)")

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import InputError, InputWarning, WriteError
-from common.files import parse_json
-from common.paths import expand
-from common.writing import new_file
+from tessera.errors import InputError, InputWarning, WriteError
+from tessera.files import parse_json
+from tessera.paths import expand
+from tessera.weights.writing import new_file
 
 METADATA_KEY = "tessera"  # the PNG text chunk that holds a picture's origin as JSON, first behind the header
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

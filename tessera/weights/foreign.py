@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.averages import chosen
-from common.containers import (
+from tessera.errors import InputError
+from tessera.files import read_json_object, read_yaml
+from tessera.weights.averages import chosen
+from tessera.weights.containers import (
     by_checkpoint,
     is_checkpoint,
     matching,
@@ -23,9 +25,7 @@ from common.containers import (
     unpacked,
     whole,
 )
-from common.errors import InputError
-from common.files import read_json_object, read_yaml
-from common.pickles import Inert, module_tensors, most_bytes, read_pickle
+from tessera.weights.pickles import Inert, module_tensors, most_bytes, read_pickle
 
 __all__ = [
     "Weights",

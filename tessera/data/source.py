@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.config import Config
-from common.errors import InputError
-from common.folder import describe_left_out, read_folder
-from common.images import fit, open_image, to_tensor
-from common.weights import fingerprint
+from tessera.config import Config
+from tessera.data.folder import describe_left_out, read_folder
+from tessera.errors import InputError
+from tessera.images import fit, open_image, to_tensor
+from tessera.weights.folder import fingerprint
 
 UNREADABLE_SHARE, UNREADABLE_FLOOR = 0.05, 3  # of the files of a folder that may be broken, and how many in any case
 LOADER_PATIENCE = 600  # seconds for one batch

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from common.errors import InputError, InputWarning
+from tessera.errors import InputError, InputWarning
 
 FILE = ".tessera-lock"  # in the folder; says whose it is, and stays behind when its process is killed
 

@@ -20,8 +20,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, WriteError
-from common.paths import expand
+from tessera.errors import InputError, WriteError
+from tessera.paths import expand
 
 MARK = "tessera"  # the one key in the metadata of our safetensors files; of several the library shuffles the order
 UNFINISHED = "unfinished"  # the key of a head while the files that it is of are being replaced

@@ -10,7 +10,7 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from common.errors import InputError
+from tessera.errors import InputError
 
 
 class DroppingBPE:

@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from common.errors import InputError, nearest
-from common.files import parse_yaml, read_json, read_yaml
-from common.paths import expand, is_file
-from common.writing import UNFINISHED
+from tessera.errors import InputError, nearest
+from tessera.files import parse_yaml, read_json, read_yaml
+from tessera.paths import expand, is_file
+from tessera.weights.writing import UNFINISHED
 
 
 class Config(BaseModel):

@@ -1,0 +1,1 @@
+"""C++ and what is fast on one kind of machine, swapped in from outside a model."""

@@ -1,0 +1,1 @@
+"""What every training stands on: a run, its optimizers, checkpoints and logs."""
