@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerank import ClipReranker
-from rerank.clip import WEIGHT_FILE, new_clip
+from rerank.clip import new_clip
+from tessera.clip.folder import WEIGHT_FILE
+from tessera.clip.model import CLIP
 from tessera.errors import InputError
 from tessera.images import to_pil, to_tensor
 from tessera.text import END, PAD, TextTokenizer
@@ -109,6 +111,7 @@ def test_scores_equal_open_clips_own(folder: Path) -> None:
 @pytest.mark.parametrize("file", ["weights.safetensors", "trained.pt"])
 def test_a_named_model_with_a_local_file(named_weights: Path, file: str, tmp_path: Path) -> None:
     reranker = ClipReranker.from_pretrained(NAMED, named_weights / file)
+    assert isinstance(reranker.model, CLIP)
     expected = own_scores(NAMED, str(named_weights / file))
     assert torch.allclose(reranker.scores(PROMPTS, pictures()), expected, rtol=0, atol=1e-5)
     reranker.save_pretrained(tmp_path / "saved")
@@ -123,7 +126,7 @@ def test_tensors_are_preprocessed_as_pictures_are(tiny_clip: ClipReranker, mode:
     preprocessing = tiny_clip.config["preprocess_cfg"] | {"resize_mode": mode, "interpolation": interpolation}
     clip = ClipReranker(tiny_clip.model, tiny_clip.tokenizer, tiny_clip.config | {"preprocess_cfg": preprocessing})
     for picture in pictures()[:10]:
-        expected = clip.preprocessing.of_picture(picture)
+        expected = clip.preprocessing.from_image(picture)
         levels = (clip.normalize(to_tensor(picture)[None])[0] - expected).abs() * 127.5  # of 8 bits, as std is 0.5
         # PIL rounds to 8 bits after each of its two passes, and starts with the height where that is squashed most.
         squashed = mode == "squash" and picture.height > 2 * picture.width
