@@ -56,8 +56,9 @@ class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, mean over images (Zhang et al. 2018, version 0.1 of its weights).
 
     It is torchmetrics' public metric. The weights of its heads ship with that; those of the trunk are torchvision's
-    ImageNet classifier, which the metric always takes from the cache of torch.hub or downloads: it has no argument for
-    them. A local file is therefore offered to it as that cache, while it is built (`_hub_that_holds`).
+    ImageNet classifier, for which the metric has no argument: torchvision loads them from the cache of torch.hub or
+    downloads them. A local file is offered to it as that cache while it is built (`_hub_that_holds`). Under autocast
+    the metric's heads, and so its value, have the reduced precision.
     """
 
     def __init__(self, net: LPIPSNet, weights: Path | None = None) -> None:
@@ -75,7 +76,7 @@ class LPIPS(nn.Module):
             if weights is None:
                 self.metric = LearnedPerceptualImagePatchSimilarity(net)
             else:
-                with _hub_that_holds(read_tensors([weights]), Path(get_model_weights(name).DEFAULT.url).name):
+                with _hub_that_holds(weights, Path(get_model_weights(name).DEFAULT.url).name):
                     self.metric = LearnedPerceptualImagePatchSimilarity(net)
         except InputError as error:
             raise InputError(f"loss.perceptual.weights: {weights} cannot be read as weights: {error}") from error
@@ -101,12 +102,15 @@ class LPIPS(nn.Module):
 
 
 @contextmanager
-def _hub_that_holds(state: dict[str, Tensor], file: str) -> Iterator[None]:
-    """Inside, the cache of torch.hub is a folder with `state` as the download `file`, read without running its code."""
+def _hub_that_holds(weights: Path, download: str) -> Iterator[None]:
+    """Inside, the cache of torch.hub is a temporary folder, where the file `download` has the tensors of `weights`.
+
+    Copied rather than linked, because torchvision unpickles what it finds there, with any code in it.
+    """
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "checkpoints").mkdir()
-        torch.save(state, Path(folder) / "checkpoints" / file)
+        torch.save(read_tensors([weights]), Path(folder) / "checkpoints" / download)
         torch.hub.set_dir(folder)
         try:
             yield

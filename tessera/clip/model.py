@@ -95,11 +95,16 @@ class CLIP(nn.Module):
         width, layers = self.text_config.width, self.text_config.layers
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
-            nn.init.normal_(block.mlp["c_fc"].weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp["c_proj"].weight, std=(2 * layers * width) ** -0.5)
+        residual = (2 * layers * width) ** -0.5
+        stds = {
+            "attn.in_proj_weight": width**-0.5,
+            "attn.out_proj.weight": residual,
+            "mlp.c_fc.weight": (2 * width) ** -0.5,
+            "mlp.c_proj.weight": residual,
+        }
+        for name, weight in self.transformer.named_parameters():  # resblocks.N. ...
+            if (std := stds.get(name.split(".", 2)[2])) is not None:
+                nn.init.normal_(weight, std=std)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
 
