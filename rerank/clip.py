@@ -96,7 +96,7 @@ class ClipReranker:
             for start in range(0, len(images), batch_size)
         ]
         if not features:
-            raise InputError("there are no pictures to score; give at least one")
+            raise InputError("there are no images to score; give at least one")
         return F.normalize(torch.cat(features).float(), dim=-1)
 
     @torch.no_grad()
