@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": TEXT | {"pool_type": "first", "mlp_ratio": 3},
     },
     "resnet": {"vision_cfg": RESNET, "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 7}},
-    "resnet with quick_gelu": {"vision_cfg": RESNET, "text_cfg": TEXT, "quick_gelu": True},
+    "resnet with quick_gelu": {"vision_cfg": RESNET | {"patch_size": None}, "text_cfg": TEXT, "quick_gelu": True},
 }
 UNKNOWN: dict[str, dict[str, Any]] = {
     "a key of the model": {"init_logit_bias": -10.0},

@@ -209,15 +209,17 @@ def test_the_fingerprint_changes_when_scores_do(tiny_clip: ClipReranker, copied:
 # Training from scratch ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changes", [{}, {"init_logit_bias": -10.0}], ids=["known", "open_clip's"])
 def test_a_new_model_trains_and_says_nothing_on_the_log(
-    tiny_text_tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+    changes: dict[str, float], tiny_text_tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     handlers = list(logging.getLogger().handlers)
-    clip = new_clip(TINY_CLIP, tiny_text_tokenizer)
+    clip = new_clip(TINY_CLIP | changes, tiny_text_tokenizer)
+    assert isinstance(clip.model, CLIP) is not bool(changes)
     assert not caplog.records and logging.getLogger().handlers == handlers
     assert clip.model.training
-    images, texts, scale = clip.model(clip.normalize(torch.rand(2, 3, 40, 40)), clip.tokenize(CAPTIONS[:2]))[:3]
-    open_clip.loss.ClipLoss()(images, texts, scale).backward()
+    outputs = clip.model(clip.normalize(torch.rand(2, 3, 40, 40)), clip.tokenize(CAPTIONS[:2]))
+    open_clip.loss.ClipLoss()(*outputs).backward()
     assert all(weight.grad is not None for weight in clip.model.parameters())
     logging.getLogger().warning("something else")  # other lines still come through
     assert [record.getMessage() for record in caplog.records] == ["something else"]

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tessera.clip.folder import load_model
 from tessera.clip.preprocessing import Preprocessing
-from tessera.clip.towers import ResNet
 from tessera.config import Config, validate
 from tessera.errors import InputError, reason
 from tessera.paths import is_file
@@ -96,7 +95,10 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:
-        distance: Tensor = self.metric(images.clamp(-1, 1), reference)
+        difference = (images - reference).mean()
+        if bool(difference.isnan()):  # the metric raises on nan, a training reports the step and the batch
+            return difference
+        distance: Tensor = self.metric(images.clamp(-1, 1), reference.clamp(-1, 1))
         self.metric.reset()  # it would keep the value of every step, and the graph with it
         return distance
 
@@ -127,8 +129,8 @@ class CLIPFeatures(nn.Module):
     def __init__(self, folder: Path, stages: tuple[int, ...]) -> None:
         super().__init__()
         model, config = load_model(folder)
-        tower = getattr(model, "visual", None)
-        if not isinstance(tower, ResNet):
+        tower: Any = model.visual
+        if not hasattr(tower, "stem"):  # that of open_clip's ResNet has the same parts, for configs that only it knows
             raise InputError(f"{folder} must hold a CLIP with a ResNet image tower, got {type(tower).__name__}")
         if not set(stages) <= set(range(5)):
             raise InputError(f"loss.perceptual.stages must be among 0 to 4, got {stages}")

@@ -52,6 +52,7 @@ class ResNetConfig(Exact):
     width: Annotated[int, Field(ge=2)] = 768  # of the stem; the stages have 4, 8, 16 and 32 times as many channels
     layers: list[Count] = Field(min_length=4, max_length=4)  # blocks of each stage
     head_width: Count = 64
+    patch_size: None = None  # open_clip's own configs have it
 
     @model_validator(mode="after")
     def _divisible(self) -> "ResNetConfig":
