@@ -19,7 +19,7 @@ from stage2_prior.lora import base_fingerprint
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior, PixelCNNSize
 from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
+from stage2_prior.gpt import GPTConfig, GPTPrior, GPTSize
 from stage2_prior.truncation import describe, truncation
 from tessera.config import Config, read_recipe, validate
 from tessera.errors import InputError

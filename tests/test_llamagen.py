@@ -23,7 +23,7 @@ from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.captions import clean
 from stage2_prior.convert import convert as convert_prior
 from stage2_prior.convert import llamagen as converter
-from stage2_prior.llamagen import LlamaGenPrior
+from stage2_prior.imported.llamagen import LlamaGenPrior
 from tessera.errors import InputError
 from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws

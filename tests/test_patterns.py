@@ -8,7 +8,7 @@ import torch
 
 from stage2_prior import GPTConfig, GPTPrior
 from stage2_prior.attention import QUERIES, View, attend, causal_products
-from stage2_prior.patterns import arrangement, visible
+from stage2_prior.masks import arrangement, visible
 from stage2_prior.positions import rotate, rotation
 
 

@@ -15,7 +15,7 @@ from pipelines.convert import convert
 from pipelines.info import describe
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import rudalle as converter
-from stage2_prior.rudalle import Pattern, RuDALLEPrior, visible
+from stage2_prior.imported.rudalle import Pattern, RuDALLEPrior, visible
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 from tessera.weights.foreign import Weights

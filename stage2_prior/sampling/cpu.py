@@ -19,7 +19,7 @@ from stage2_prior.base import Cache
 from stage2_prior.sampling import kernels
 from stage2_prior.sampling.kernels import Matrix, Packed, Segment
 from stage2_prior.sampling.settings import Precision
-from stage2_prior.transformer import Block, GPTPrior
+from stage2_prior.gpt import Block, GPTPrior
 
 
 class KeysAndValues:

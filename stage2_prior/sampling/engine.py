@@ -24,7 +24,7 @@ from stage2_prior.sampling.gpu import GPUEngine
 from stage2_prior.sampling.kernels import KINDS
 from stage2_prior.sampling.quantized import MULTIPLE, without_fp8
 from stage2_prior.sampling.settings import Precision
-from stage2_prior.transformer import Block, GPTConfig, GPTPrior
+from stage2_prior.gpt import Block, GPTConfig, GPTPrior
 from tessera.errors import InputError
 from tessera.native import build as native
 

@@ -22,7 +22,7 @@ from stage2_prior.base import Cache
 from stage2_prior.fused import rms_norm
 from stage2_prior.sampling.quantized import products
 from stage2_prior.sampling.settings import Precision
-from stage2_prior.transformer import Block, GPTPrior
+from stage2_prior.gpt import Block, GPTPrior
 
 BUCKET = 64  # own positions
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.sampling.settings import Precision
-from stage2_prior.transformer import Block
+from stage2_prior.gpt import Block
 from tessera.errors import InputError
 
 FEWEST = 32  # rows that `_int_mm` multiplies on a GPU
