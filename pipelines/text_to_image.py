@@ -487,7 +487,7 @@ class TextToImagePipeline:
                 progress(done, total)
 
         engine = self.engine if job.prior is self.prior else make_engine(job.prior)
-        given = {"null": job.null, "first_codes": job.first_codes, "engine": engine}
+        given: dict[str, Any] = {"null": job.null, "first_codes": job.first_codes, "engine": engine}
         for first, last, seeds in batches(len(prompts), job.seeds, job.rows, whole=job.plan is not None):
             texts, prefix, every = prompts[first:last], prefixes[first:last], list(seeds) * (last - first)
             if job.plan is not None:

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from pipelines import TextToImagePipeline
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling import PlainEngine, Sampler, cpu, kernels, make_engine, selection
 from stage2_prior.sampling.cpu import CPUEngine
@@ -502,3 +503,45 @@ def test_a_prior_with_hooks_has_no_engine(kind):
     assert "does not know the prior's blocks.1.mlp_in (Linear)" in unsupported(prior)
     hook.remove()
     assert unsupported(prior) == ""
+
+
+# The engine of a pipeline ---------------------------------------------------------------------------------------------
+
+
+def codes_of(pipeline):
+    return pipeline("a red heart", num_candidates=3, num_images_per_prompt=3, rerank=False).codes
+
+
+def test_pipelines_of_one_prior_have_precisions_of_their_own(tiny_pipeline):
+    """The precision was the prior's once, so that what one pipeline chose, another sampled with."""
+    parts = tiny_pipeline.image_tokenizer, tiny_pipeline.prior
+    exact, rounded = TextToImagePipeline(*parts), TextToImagePipeline(*parts)
+    codes = codes_of(exact)
+    rounded.precision = "int8"
+    codes_of(rounded)
+    assert (exact.precision, exact.engine.precision) == (None, "float32")
+    assert (rounded.precision, rounded.engine.precision) == ("int8", "int8")
+    assert torch.equal(codes_of(exact), codes)
+    with pytest.raises(InputError, match="cannot be kept in fp8: it is on a CPU"):
+        rounded.precision = "fp8"
+    assert rounded.engine.precision == "int8"
+
+
+def test_a_pipeline_keeps_its_engine_and_makes_none_before_it_samples(tiny_pipeline, monkeypatch):
+    engines = []
+
+    def make(*arguments):
+        engines.append(make_engine(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr("pipelines.text_to_image.make_engine", make)
+    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    pipeline.precision = "bfloat16"
+    assert not engines
+    codes_of(pipeline)
+    codes_of(pipeline)
+    assert engines == [pipeline.engine]
+    held = weakref.ref(pipeline.engine.weights)
+    engines.clear()
+    del pipeline
+    assert held() is None

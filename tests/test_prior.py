@@ -137,10 +137,10 @@ def test_candidates_equal_single_runs_in_any_batch(prior, guidance_scale):
 
 def test_the_prefix_is_computed_once_for_all_candidates(prior, monkeypatch):
     rows = []
-    engine = type(make_engine(prior))
-    original = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda self, p, n: rows.append(len(p)) or original(self, p, n))
-    sample(prior, prior.prefix(["a red heart"]), range(6), Sampling(guidance_scale=2))
+    engine = make_engine(prior)
+    prefill = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda p, n: rows.append(len(p)) or prefill(p, n))
+    sample(prior, prior.prefix(["a red heart"]), range(6), Sampling(guidance_scale=2), engine=engine)
     assert rows == [2]  # the prompt's and the empty one's, not one for each of 6 candidates
 
 

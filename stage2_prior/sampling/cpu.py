@@ -66,8 +66,8 @@ class CPUCache(Cache):
 class Pace:
     """How many threads are fastest, found by trying half and twice as many now and then.
 
-    All of them are not where a step is short, or other programs want the processor: threads wait for each other many
-    times a step, and so for the slowest. What comes out does not depend on it.
+    All of them are not the fastest where a step is short or other programs use the processor, because threads wait for
+    the slowest many times a step. The results do not depend on the number.
     """
 
     def __init__(self) -> None:

@@ -67,10 +67,13 @@ def read_weights(prior: GPTPrior) -> Weights:
         [
             DepthWeights(
                 embedding.get_parameter("weight"),
-                *map(block.get_parameter, ("norm.weight", "mlp_in.weight", "mlp_out.weight", "norm_out.weight")),
-                deeper.get_parameter("weight"),
+                block.get_parameter("norm.weight"),
+                block.get_parameter("mlp_in.weight"),
+                block.get_parameter("mlp_out.weight"),
+                block.get_parameter("norm_out.weight"),
+                last.get_parameter("weight"),
             )
-            for embedding, block, deeper in depths
+            for embedding, block, last in depths
         ],
     )
 
