@@ -23,10 +23,11 @@ import torch
 from pydantic import ConfigDict, Field
 
 from pipelines.arguments import check_likelihood_weight
-from rerank.clip import WEIGHT_FILE, ClipReranker
+from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
 from stage2_prior.base import CONDITIONS, Prior
+from tessera.clip.folder import WEIGHT_FILE
 from tessera.config import Config, validate
 from tessera.errors import InputError, nearest
 from tessera.files import read_json

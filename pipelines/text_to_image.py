@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from pipelines.arguments import (
 from pipelines.bundle import load_bundle, save_bundle
 from pipelines.conditions import prompt_prefix
 from pipelines.machine import find_device, free_memory
-from rerank import ClipReranker
+from rerank import ClipReranker, Reranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, flatten_codes
 from stage2_prior.base import Prior, PromptTooLong
@@ -48,11 +48,6 @@ MISSING = -1  # a code that is to be drawn, among those that are known
 CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]  # codes drawn so far, codes to draw in all
-
-
-class Reranker(Protocol):
-    def score(self, prompt: str, images: Tensor, codes: Tensor) -> Tensor:
-        """A prompt, (N, 3, H, W) in [-1, 1] and (N, Q, h, w) -> (N,), higher fits better."""
 
 
 class Candidate(NamedTuple):

@@ -1,5 +1,6 @@
-"""(prompt, images, codes) -> scores: which candidates show what was asked for."""
+"""(prompt, images, codes) -> scores: which candidates fit the prompt best."""
 
 from rerank.clip import ClipReranker
+from rerank.reranker import Reranker
 
-__all__ = ["ClipReranker"]
+__all__ = ["ClipReranker", "Reranker"]

@@ -1,8 +1,8 @@
-"""Wrong captions that nearly fit: what a reranker has to tell from the right one.
+"""Wrong captions that are nearly right: what a reranker has to learn to tell from the right one.
 
-In a batch drawn at random one word gives most captions away, and a CLIP learns to read little more (Yuksekgonul et al.
-2023, "When and why vision-language models behave like bags-of-words"). As there, captions that differ in a detail are
-put beside the right one; here they are made of the captions of the batch, so that no parser of a language is needed.
+In a random batch one word identifies most captions, and a CLIP learns to read little more (Yuksekgonul et al. 2023,
+"When and why vision-language models behave like bags-of-words"). As there, each caption gets a wrong one that differs
+in a detail; here it is made from the captions of the batch, which needs no parser of a language.
 """
 
 import re
@@ -12,44 +12,45 @@ from difflib import SequenceMatcher
 import numpy as np
 
 WORD = re.compile(r"\s*(?:[\u3400-\u9fff]|[\w-]+|\S)")  # with the space before it; a Chinese character is a word
-LOOKED_AT = 192  # captions that one is compared with, to find one of its kind
+COMPARED = 192  # captions that each is compared with, at most
 
 
 def recombined(captions: Sequence[str], random: np.random.Generator) -> list[str]:
-    """For each caption another that shares its frame and not its content, of the same words as those of the batch.
+    """For each caption a wrong one of the same form and other content, from the words of the batch.
 
-    Where a caption and the one most like it differ, one difference is taken over ("a cat above a dog" beside "a cup
-    above a pear" becomes "a cup above a dog") or two of its own change places ("a dog above a cat"). Without a likeness
-    it is another caption of the batch; where all are the same, the caption itself.
+    Of the differences to the most similar caption one is copied ("a cat above a dog" beside "a cup above a pear"
+    becomes "a cup above a dog"), or two change places ("a dog above a cat"). Without a similar one it is another
+    caption of the batch; the caption itself where all are the same.
     """
     words = [WORD.findall(caption) for caption in captions]
     bare = [[word.strip() for word in sentence] for sentence in words]
     bags = [set(sentence) for sentence in bare]
     wrong = []
     for i, caption in enumerate(captions):
-        others = [int(j) for j in random.permutation(len(captions)) if captions[j] != caption][:LOOKED_AT]
+        others = [int(j) for j in random.permutation(len(captions)) if captions[j] != caption][:COMPARED]
         if not others:
             wrong.append(caption)
             continue
-        near = max(others, key=lambda j: len(bags[i] & bags[j]) / len(bags[i] | bags[j]))
-        wrong.append(_crossed(words[i], words[near], bare[i], bare[near], random) or captions[near])
+        nearest = max(others, key=lambda j: len(bags[i] & bags[j]) / len(bags[i] | bags[j]))
+        wrong.append(_crossed(words[i], words[nearest], bare[i], bare[nearest], random) or captions[nearest])
     return wrong
 
 
 def _crossed(
-    own: list[str], other: list[str], own_bare: list[str], other_bare: list[str], random: np.random.Generator
+    words: list[str], other: list[str], bare: list[str], other_bare: list[str], random: np.random.Generator
 ) -> str | None:
-    """`own` with one of its differences to `other` taken over or two exchanged; None where that changes nothing."""
-    blocks = SequenceMatcher(None, own_bare, other_bare, autojunk=False).get_opcodes()
+    """`words` with one difference to `other` copied from it, or two exchanged; None where that changes nothing."""
+    blocks = SequenceMatcher(None, bare, other_bare, autojunk=False).get_opcodes()
     slots = [(a, b, c, d) for kind, a, b, c, d in blocks if kind == "replace"]
-    ways = [own[:a] + _spaced(other[c:d], own[a]) + own[b:] for a, b, c, d in slots]
+    variants = [words[:a] + _spaced(other[c:d], words[a]) + words[b:] for a, b, c, d in slots]
     for (a, b, _, _), (c, d, _, _) in zip(slots, slots[1:], strict=False):
-        ways.append(own[:a] + _spaced(own[c:d], own[a]) + own[b:c] + _spaced(own[a:b], own[c]) + own[d:])
-    texts = [text for text in ("".join(way).strip() for way in ways) if text != "".join(own).strip()]
+        exchanged = _spaced(words[c:d], words[a]) + words[b:c] + _spaced(words[a:b], words[c])
+        variants.append(words[:a] + exchanged + words[d:])
+    texts = [text for text in ("".join(variant).strip() for variant in variants) if text != "".join(words).strip()]
     return texts[int(random.integers(len(texts)))] if texts else None
 
 
-def _spaced(words: list[str], place: str) -> list[str]:
-    """The words with the space that the word at their new place has before it."""
-    space = place[: len(place) - len(place.lstrip())]
+def _spaced(words: list[str], replaced: str) -> list[str]:
+    """The words with the space before the word that they replace."""
+    space = replaced[: len(replaced) - len(replaced.lstrip())]
     return [space + words[0].lstrip(), *words[1:]]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rerank.clip import ClipReranker, new_clip
 from rerank.negatives import recombined
-from rerank.tokenizer import tokenizer_content
+from tessera.clip.text import tokenizer_content
 from tessera.config import Config, read_recipe
 from tessera.data.source import DataConfig, ImageFolder, Steps
 from tessera.errors import InputError

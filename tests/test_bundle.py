@@ -22,9 +22,10 @@ from pipelines.bundle import (
 )
 from pipelines.text_to_image import TextToImagePipeline
 from rerank import ClipReranker
-from rerank.clip import WEIGHT_FILE, new_clip
+from rerank.clip import new_clip
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
+from tessera.clip.folder import WEIGHT_FILE
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 from tessera.weights.writing import file_hash

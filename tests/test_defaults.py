@@ -20,6 +20,7 @@ SOURCES = (
     "tessera/training/muon.py",
     "tessera/metrics.py",
     "tessera/text/bpe_dropout.py",
+    "tessera/clip/*.py",
     "stage1_tokenizer/**/*.py",
     "stage2_prior/**/*.py",
     "rerank/*.py",

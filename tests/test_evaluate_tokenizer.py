@@ -120,6 +120,22 @@ def test_embeddings_of_a_clip_are_open_clips(resnet):
     assert float((features.embed(large * 2 - 1) - theirs).norm() / theirs.norm()) < 0.5
 
 
+@torch.no_grad()
+def test_a_clip_that_only_open_clip_builds_has_features(tiny_text_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    clip = new_clip(RESNET | {"text_cfg": RESNET["text_cfg"] | {"ls_init_value": 0.1}}, tiny_text_tokenizer)
+    clip.save_pretrained(tmp_path / "clip")
+    images, features = torch.rand(2, 3, 32, 32) * 2 - 1, CLIPFeatures(tmp_path / "clip", (0, 2))
+    assert [feature.shape for feature in features.features(images)] == [(2, 8, 8, 8), (2, 64, 4, 4)]
+    torch.testing.assert_close(features.embed(images), clip.model.eval().encode_image(images))
+
+
+def test_a_tower_that_is_no_resnet_is_refused(tiny_clip, tmp_path):
+    tiny_clip.save_pretrained(tmp_path / "clip")
+    with pytest.raises(InputError, match="must hold a CLIP with a ResNet image tower, got ViT"):
+        CLIPFeatures(tmp_path / "clip", (0,))
+
+
 @pytest.mark.parametrize("stages", [(5,), (-1, 2)])
 def test_stages_that_a_tower_does_not_have_are_refused(resnet, stages):
     with pytest.raises(InputError, match="stages must be among 0 to 4"):

@@ -25,7 +25,7 @@ from pipelines.generate import generate, replay
 from pipelines.rank import rank
 from rerank import ClipReranker
 from rerank.clip import new_clip
-from rerank.tokenizer import FileTokenizer, write_tokenizer
+from tessera.clip.text import FileTokenizer, write_tokenizer
 from tessera.errors import InputError, InputWarning
 from tessera.images import read_origin
 from tessera.text import FILE, TextTokenizer

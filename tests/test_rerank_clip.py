@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rerank import ClipReranker
-from rerank.clip import WEIGHT_FILE, new_clip
+from rerank.clip import new_clip
+from tessera.clip.folder import WEIGHT_FILE
+from tessera.clip.model import CLIP
 from tessera.errors import InputError
 from tessera.images import to_pil, to_tensor
 from tessera.text import END, PAD, TextTokenizer
@@ -30,26 +32,26 @@ from tests.conftest import CAPTIONS, TINY_CLIP
 
 PROMPTS = ["a red heart above a blue circle", "红心在蓝色圆圈上方", "dog"]
 RESNET = TINY_CLIP | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}}
-NAMED = "tiny-named-clip"  # a model of open_clip's own list, with its own tokenizer
+NAMED = "tiny-named-clip"  # a model of open_clip's list, with its CLIP tokenizer
 
 
-def pictures() -> list[Image.Image]:
-    """Pictures of many shapes and modes, smooth and noisy."""
+def sample_images() -> list[Image.Image]:
+    """PIL images of many shapes and modes, smooth and noisy."""
     random = np.random.default_rng(0)
-    made = []
+    images = []
     for width, height in ((32, 32), (50, 37), (31, 90), (16, 16), (200, 33)):
         rough = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        made += [rough, rough.resize((5, 5)).resize((width, height), Image.Resampling.BICUBIC)]
-    return [*made, made[2].convert("L"), made[4].convert("RGBA")]
+        images += [rough, rough.resize((5, 5)).resize((width, height), Image.Resampling.BICUBIC)]
+    return [*images, images[2].convert("L"), images[4].convert("RGBA")]
 
 
-def own_scores(source: str, weights: str | None = None) -> Tensor:
-    """What open_clip says about PROMPTS and pictures, by its README: (prompts, pictures)."""
+def open_clip_scores(source: str, weights: str | None = None) -> Tensor:
+    """open_clip's scores of PROMPTS and images, as in its README: (prompts, images)."""
     model, preprocess = open_clip.create_model_from_pretrained(source, pretrained=weights)
     tokenizer = open_clip.get_tokenizer(source)
     model.eval()
     with torch.no_grad():
-        images = model.encode_image(torch.stack([preprocess(picture) for picture in pictures()]))
+        images = model.encode_image(torch.stack([preprocess(image) for image in sample_images()]))
         texts = model.encode_text(tokenizer(PROMPTS))
     return F.cosine_similarity(texts[:, None], images[None], dim=-1)
 
@@ -95,59 +97,60 @@ def refusal(*arguments: Any, **keywords: Any) -> str:
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_equal_open_clips_own(folder: Path) -> None:
+def test_scores_equal_open_clips(folder: Path) -> None:
     reranker = ClipReranker.from_pretrained(folder)
     assert not reranker.model.training
-    expected = own_scores(f"local-dir:{folder}")
+    expected = open_clip_scores(f"local-dir:{folder}")
     for prompt, row in zip(PROMPTS, expected, strict=True):
-        scores = reranker.score(prompt, pictures())
-        assert scores.shape == (len(pictures()),) and scores.abs().max() <= 1
+        scores = reranker.score(prompt, sample_images())
+        assert scores.shape == (len(sample_images()),) and scores.abs().max() <= 1
         assert torch.allclose(scores, row, rtol=0, atol=1e-5)
-    assert torch.allclose(reranker.scores(PROMPTS, pictures()), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(reranker.scores(PROMPTS, sample_images()), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "trained.pt"])
 def test_a_named_model_with_a_local_file(named_weights: Path, file: str, tmp_path: Path) -> None:
     reranker = ClipReranker.from_pretrained(NAMED, named_weights / file)
-    expected = own_scores(NAMED, str(named_weights / file))
-    assert torch.allclose(reranker.scores(PROMPTS, pictures()), expected, rtol=0, atol=1e-5)
+    assert isinstance(reranker.model, CLIP)
+    expected = open_clip_scores(NAMED, str(named_weights / file))
+    assert torch.allclose(reranker.scores(PROMPTS, sample_images()), expected, rtol=0, atol=1e-5)
     reranker.save_pretrained(tmp_path / "saved")
     again = ClipReranker.from_pretrained(tmp_path / "saved")
-    assert torch.equal(again.scores(PROMPTS, pictures()), reranker.scores(PROMPTS, pictures()))
+    assert torch.equal(again.scores(PROMPTS, sample_images()), reranker.scores(PROMPTS, sample_images()))
     assert again.fingerprint == reranker.fingerprint
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_tensors_are_preprocessed_as_pictures_are(tiny_clip: ClipReranker, mode: str, interpolation: str) -> None:
+def test_tensors_are_preprocessed_as_pil_images_are(tiny_clip: ClipReranker, mode: str, interpolation: str) -> None:
     preprocessing = tiny_clip.config["preprocess_cfg"] | {"resize_mode": mode, "interpolation": interpolation}
     clip = ClipReranker(tiny_clip.model, tiny_clip.tokenizer, tiny_clip.config | {"preprocess_cfg": preprocessing})
-    for picture in pictures()[:10]:
-        expected = clip.preprocessing.of_picture(picture)
-        levels = (clip.normalize(to_tensor(picture)[None])[0] - expected).abs() * 127.5  # of 8 bits, as std is 0.5
+    for image in sample_images()[:10]:
+        expected = clip.preprocessing.from_image(image)
+        levels = (clip.normalize(to_tensor(image)[None])[0] - expected).abs() * 127.5  # of 8 bits, as std is 0.5
         # PIL rounds to 8 bits after each of its two passes, and starts with the height where that is squashed most.
-        squashed = mode == "squash" and picture.height > 2 * picture.width
-        limit = 1e-3 if picture.size == (32, 32) else 8 if squashed else 1.6
-        assert levels.max() < limit, (picture.size, levels.max())
+        squashed = mode == "squash" and image.height > 2 * image.width
+        limit = 1e-3 if image.size == (32, 32) else 8 if squashed else 1.6
+        assert levels.max() < limit, (image.size, levels.max())
 
 
-def test_tensors_score_as_the_pictures_they_become(tiny_clip: ClipReranker) -> None:
+def test_tensors_score_as_the_pil_images_they_become(tiny_clip: ClipReranker) -> None:
     torch.manual_seed(0)
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     assert torch.allclose(tiny_clip.score("dog", images), tiny_clip.score("dog", to_pil(images)), rtol=0, atol=5e-3)
 
 
 def test_a_score_does_not_depend_on_its_company(tiny_clip: ClipReranker) -> None:
-    together = tiny_clip.scores(PROMPTS, pictures())
-    for column, picture in enumerate(pictures()):
-        alone = torch.stack([tiny_clip.score(prompt, [picture])[0] for prompt in PROMPTS])
+    together = tiny_clip.scores(PROMPTS, sample_images())
+    for column, image in enumerate(sample_images()):
+        alone = torch.stack([tiny_clip.score(prompt, [image])[0] for prompt in PROMPTS])
         assert torch.allclose(alone, together[:, column], rtol=0, atol=1e-6)
-    few = tiny_clip.image_features(pictures(), batch_size=3)
-    assert torch.allclose(few, tiny_clip.image_features(pictures()), rtol=0, atol=1e-6)
+    few = tiny_clip.image_features(sample_images(), batch_size=3)
+    assert torch.allclose(few, tiny_clip.image_features(sample_images()), rtol=0, atol=1e-6)
 
 
-def test_no_pictures_and_wrong_shapes_are_refused(tiny_clip: ClipReranker) -> None:
-    with pytest.raises(InputError, match="no pictures"):
+def test_no_images_and_wrong_shapes_are_refused(tiny_clip: ClipReranker) -> None:
+    with pytest.raises(InputError, match="no images"):
         tiny_clip.score("dog", [])
     with pytest.raises(InputError, match=r"must be \(N, 3, H, W\)"):
         tiny_clip.score("dog", torch.zeros(3, 32, 32))
@@ -167,19 +170,19 @@ def test_what_is_saved_is_what_is_loaded(tiny_clip: ClipReranker, copied: Path) 
     for path in copied.iterdir():
         assert (copied.parent / "again" / path.name).read_bytes() == path.read_bytes()
         if path.suffix == ".json":
-            assert "/" not in path.read_text().replace('"/"', "")  # no path of the machine it was made on
+            assert "/" not in path.read_text().replace('"/"', "")  # no path of this machine
 
 
 def test_half_precision_on_disk_and_in_memory(tiny_clip: ClipReranker, copied: Path) -> None:
-    whole, expected = (copied / WEIGHT_FILE).stat().st_size, tiny_clip.scores(PROMPTS, pictures())
+    whole, expected = (copied / WEIGHT_FILE).stat().st_size, tiny_clip.scores(PROMPTS, sample_images())
     tiny_clip.save_pretrained(copied, dtype=torch.float16)
     assert (copied / WEIGHT_FILE).stat().st_size < 0.6 * whole
     halved = ClipReranker.from_pretrained(copied)
     assert next(halved.model.parameters()).dtype == torch.float32
-    assert torch.allclose(halved.scores(PROMPTS, pictures()), expected, rtol=0, atol=5e-3)
+    assert torch.allclose(halved.scores(PROMPTS, sample_images()), expected, rtol=0, atol=5e-3)
     rough = ClipReranker.from_pretrained(copied, dtype=torch.bfloat16)
     assert next(rough.model.parameters()).dtype == torch.bfloat16
-    assert torch.allclose(rough.scores(PROMPTS, pictures()), expected, rtol=0, atol=5e-2)
+    assert torch.allclose(rough.scores(PROMPTS, sample_images()), expected, rtol=0, atol=5e-2)
 
 
 def test_the_fingerprint_changes_when_scores_do(tiny_clip: ClipReranker, copied: Path) -> None:
@@ -206,15 +209,17 @@ def test_the_fingerprint_changes_when_scores_do(tiny_clip: ClipReranker, copied:
 # Training from scratch ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("changes", [{}, {"init_logit_bias": -10.0}], ids=["known", "open_clip's"])
 def test_a_new_model_trains_and_says_nothing_on_the_log(
-    tiny_text_tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+    changes: dict[str, float], tiny_text_tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     handlers = list(logging.getLogger().handlers)
-    clip = new_clip(TINY_CLIP, tiny_text_tokenizer)
+    clip = new_clip(TINY_CLIP | changes, tiny_text_tokenizer)
+    assert isinstance(clip.model, CLIP) is not bool(changes)
     assert not caplog.records and logging.getLogger().handlers == handlers
     assert clip.model.training
-    images, texts, scale = clip.model(clip.normalize(torch.rand(2, 3, 40, 40)), clip.tokenize(CAPTIONS[:2]))[:3]
-    open_clip.loss.ClipLoss()(images, texts, scale).backward()
+    outputs = clip.model(clip.normalize(torch.rand(2, 3, 40, 40)), clip.tokenize(CAPTIONS[:2]))
+    open_clip.loss.ClipLoss()(*outputs).backward()
     assert all(weight.grad is not None for weight in clip.model.parameters())
     logging.getLogger().warning("something else")  # other lines still come through
     assert [record.getMessage() for record in caplog.records] == ["something else"]
@@ -306,8 +311,8 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_damaged_folder_is_one_sentence(copied: Path, case: str) -> None:
     damage, sentence = WRONG[case]
     damage(copied)
-    said = refusal(copied)
-    assert sentence in said and str(copied) in said
+    error = refusal(copied)
+    assert sentence in error and str(copied) in error
 
 
 def test_a_pickle_with_code_in_it_is_not_run(copied: Path) -> None:

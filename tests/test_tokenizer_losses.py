@@ -1,6 +1,9 @@
 """Law 5: each loss moves only the parameters it should, and the adaptive weight is the ratio of gradient norms."""
 
 import math
+import shutil
+import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -19,7 +22,7 @@ from stage1_tokenizer.losses.adversarial import (
     non_saturating_discriminator,
     non_saturating_generator,
 )
-from stage1_tokenizer.losses.perceptual import LPIPS, LPIPS_TAPS, LPIPSConfig, _lpips_heads, build_perceptual
+from stage1_tokenizer.losses.perceptual import LPIPS, LPIPSConfig, build_perceptual
 from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss, to_images
 from stage1_tokenizer.train import LossConfig, adversarial_share, pixel_loss
 from tessera.errors import InputError
@@ -204,23 +207,42 @@ def squeezenet(tmp_path_factory):
     return path
 
 
-def test_lpips_with_local_weights_equals_torchmetrics(squeezenet):
+def test_lpips_with_local_weights_equals_torchmetrics(squeezenet, tmp_path):
+    """Value and gradient are those of its functional form, which finds the weights where a download would be."""
     pytest.importorskip("torchmetrics")
-    from torchmetrics.functional.image.lpips import _LPIPS
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+    from torchvision.models import SqueezeNet1_1_Weights
 
-    reference = _LPIPS(net="squeeze", pnet_rand=True, eval_mode=True)
-    state = torch.load(squeezenet, weights_only=True)
-    with torch.no_grad():
-        for layers in reference.net.slices:
-            for name, parameter in layers.named_parameters():
-                parameter.copy_(state[f"features.{name}"])
+    before = torch.hub.get_dir()
     lpips = build_perceptual(LPIPSConfig(net="squeeze", weights=squeezenet))
+    assert torch.hub.get_dir() == before
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(squeezenet, tmp_path / "checkpoints" / Path(SqueezeNet1_1_Weights.DEFAULT.url).name)
     first, second = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    torch.testing.assert_close(lpips(first, second), reference(first, second).mean(), rtol=1e-4, atol=1e-6)
+    images, same = first.clone().requires_grad_(), first.clone().requires_grad_()
+    torch.hub.set_dir(tmp_path)
+    try:
+        expected = learned_perceptual_image_patch_similarity(same, second, net_type="squeeze")
+    finally:
+        torch.hub.set_dir(before)
+    expected.backward()
+    for _ in range(2):  # a value is that of its own images, not of all so far
+        images.grad = None
+        distance = lpips(images, second)
+        torch.testing.assert_close(distance, expected, rtol=1e-5, atol=1e-7)
+        distance.backward()
+        torch.testing.assert_close(images.grad, same.grad, rtol=1e-4, atol=1e-7)
+    assert images.grad.any() and not lpips.metric.all_scores  # of a training, nothing accumulates
+    torch.testing.assert_close(lpips(first[:1], second[:1]) + lpips(first[1:], second[1:]), 2 * expected.detach())
+    assert lpips(first * torch.nan, second).isnan()  # which a training reports with its step
     assert lpips(first, first) == 0 and not any(p.requires_grad for p in lpips.parameters())
-    images = first.clone().requires_grad_()
-    lpips(images, second).backward()
-    assert images.grad.any()
+    assert not any(module.training for module in lpips.train().modules())
+
+
+def test_lpips_without_torchmetrics_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with pytest.raises(InputError, match="LPIPS needs torchmetrics: pip install 'tessera\\[metrics\\]'"):
+        LPIPS("vgg")
 
 
 def test_lpips_says_what_is_wrong_with_its_weights(squeezenet, tmp_path, monkeypatch):
@@ -270,18 +292,3 @@ def test_the_discriminator_is_the_paper_s():
         64,
         1,
     ]
-
-
-@pytest.mark.parametrize("net, name", [("vgg", "vgg16"), ("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
-def test_lpips_looks_after_an_activation_where_its_heads_have_the_channels(net, name):
-    pytest.importorskip("torchmetrics")
-    from torchvision import models
-
-    with torch.device("meta"):
-        x, channels = torch.zeros(1, 3, 64, 64), []
-        for index, layer in enumerate(models.get_model(name, weights=None).eval().features):
-            x = layer(x)
-            if index in LPIPS_TAPS[net]:
-                assert type(layer).__name__ in ("ReLU", "Fire")  # a Fire ends with ReLUs
-                channels.append(x.shape[1])
-    assert channels == [head.shape[1] for head in _lpips_heads(net)]

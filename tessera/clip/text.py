@@ -1,12 +1,12 @@
 """Texts as a CLIP reads them: a `tokenizer.json` beside the model, used as open_clip's `HFTokenizer` does.
 
-That one goes through transformers; the files that `tessera train reranker` writes, and whatever else says nothing that
-is not known here, are read by the tokenizers library alone, which takes a hundredth of the time to import.
+That one goes through transformers; the files that `tessera train reranker` writes, and any others that ask for nothing
+else, are read by the tokenizers library alone, which takes a hundredth of the time to import.
 
-open_clip mends every text first (`clean`), and so did our rerankers, while priors read it unmended. A tokenizer that
-records what cannot be seen (`tessera/text/normalization.py`) is read as the prior reads it, without that: same text,
-same ids in both. Its `tokenizer_config.json` says so in `text_cleaning`, a key that open_clip does not know: there,
-curly quotes become straight and wide punctuation becomes narrow as ever.
+open_clip cleans every text first (`clean`), and so did our rerankers, while priors read it as it is. A tokenizer that
+records its normalisation of invisible characters (`tessera/text/normalization.py`) is read as the prior reads it,
+without cleaning: same text, same ids in both. Its `tokenizer_config.json` says so in `text_cleaning`, a key that
+open_clip ignores: with open_clip, curly quotes become straight and wide punctuation becomes narrow, as before.
 
 Letters: M texts, C context length.
 """
@@ -28,12 +28,12 @@ from tessera.text.normalization import sees_only_the_visible
 from tessera.weights.writing import write_json
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # older files of transformers, which it reads as well
+OVERRULING = ("special_tokens_map.json", "added_tokens.json")  # of older releases of transformers, which reads them too
 MOST_WORDS = 100_000  # above, transformers may change how texts are split
 
 
 class TokenizerConfig(Config):
-    """As much of transformers' `tokenizer_config.json` as is known here."""
+    """The part of transformers' `tokenizer_config.json` that `FileTokenizer` understands."""
 
     tokenizer_class: Literal["PreTrainedTokenizerFast", "TokenizersBackend"]
     backend: Literal["tokenizers"] = "tokenizers"
@@ -42,14 +42,14 @@ class TokenizerConfig(Config):
     pad_token: str
     split_special_tokens: bool = False  # whether an <end> written in a prompt is text
     clean_up_tokenization_spaces: bool = False  # of decoding
-    model_max_length: float = 0  # the model's own context length counts
+    model_max_length: float = 0  # ignored: the model's context length holds
     # `clean` comes before the normalizer of tokenizer.json, as in open_clip; or between two passes of it, for a model
     # that was trained with `clean` and got its normalizer later; or not at all.
     text_cleaning: Literal["before", "between", "none"] = "before"
 
 
 class FileTokenizer:
-    """Texts -> (M, C) int64, cut or padded; the tokens that the file puts at the ends stay when a text is cut."""
+    """Texts -> (M, C) int64, truncated or padded; the special tokens at the ends survive truncation."""
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any], context_length: int) -> None:
         """`config` is the content of `tokenizer_config.json`."""
@@ -69,7 +69,7 @@ class FileTokenizer:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             known = TokenizerConfig.model_validate(config)
             tokenizer = Tokenizer.from_file(str(folder / FILE))
-        except Exception:  # the library raises bare Exception; whoever reads them instead will say what is wrong
+        except Exception:  # the library raises bare Exception; transformers, which reads them next, says what is wrong
             return None
         special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         if (
@@ -85,7 +85,7 @@ class FileTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         encoded = self.tokenizer.encode_batch([self._cleaned(text) for text in texts])
-        return torch.tensor([one.ids for one in encoded], dtype=torch.long).view(-1, self.context_length)
+        return torch.tensor([text.ids for text in encoded], dtype=torch.long).view(-1, self.context_length)
 
     def _cleaned(self, text: str) -> str:
         match self.cleaning:
@@ -102,8 +102,8 @@ class FileTokenizer:
 
 
 def clean(text: str) -> str:
-    """What open_clip makes of a text first: mended encodings, no entities, single spaces."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # there, nothing can need mending
+    """open_clip's cleaning: repaired encodings, no HTML entities, single spaces."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else nothing needs repair
         import ftfy  # builds large tables
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -111,7 +111,7 @@ def clean(text: str) -> str:
 
 
 def write_tokenizer(text_tokenizer: TextTokenizer, folder: Path) -> None:
-    """The files of a tokenizer that appends the end token by itself, which is where CLIP pools."""
+    """The files of a tokenizer that appends the end token, where CLIP pools, to every text."""
     tokenizer = Tokenizer.from_str(text_tokenizer.to_json())
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {SPECIALS[END]}", special_tokens=[(SPECIALS[END], END)]
@@ -144,8 +144,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> bool:
         raise InputError(f"a {type(tokenizer).__name__} cannot be saved beside its model; use the model by its name")
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    for where in ("name_or_path", "is_local", "local_files_only"):  # the place that it came from
-        config.pop(where, None)
+    for key in ("name_or_path", "is_local", "local_files_only"):  # where it was read from
+        config.pop(key, None)
     write_json(folder / CONFIG_FILE, config)
     if (folder / FILE).is_file():
         (folder / FILE).write_text(tokenizer_content(tokenizer), encoding="utf-8")
@@ -153,7 +153,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> bool:
 
 
 def tokenizer_content(tokenizer: Any) -> str:
-    """All that decides its tokens, as text. Padding and truncation are set anew by each call, so they are left out."""
+    """All that decides its tokens, as text, without padding and truncation, which every call sets again."""
     inner = getattr(tokenizer, "tokenizer", None)
     backend = inner if isinstance(inner, Tokenizer) else getattr(inner, "backend_tokenizer", None)
     if backend is None:

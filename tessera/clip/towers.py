@@ -1,16 +1,16 @@
-"""The plain CLIP of open_clip, to score with: its weights under its names, without the seconds that importing it takes.
+"""Towers of a CLIP: a ViT or a ResNet for images, and the transformer that reads texts, too.
 
-Radford et al. 2021, section 2.4: a text transformer beside a ViT (Dosovitskiy et al. 2021) or a ResNet of OpenAI's kind
-(a stem of three convolutions, an average pool in place of each stride, attention in place of the last pool). A config
-is taken only when every key of it is understood; what open_clip builds of others, and all training, is left to it.
+The ViT is Dosovitskiy et al. 2021; the ResNet is OpenAI's kind (Radford et al. 2021, section 2.4): a stem of three
+convolutions, an average pool in place of each stride, attention in place of the last pool. Parameters have open_clip's
+names and its initialisation, drawn in its order, so that a seed gives both the same model.
 
-Letters: N pictures, S side of a picture, M texts, C context length, L tokens, W width, E embedding width.
+Letters: N images, S side of an image, L tokens, W width, E embedding width.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Exact(Config):
-    """Takes no "12" for 12: open_clip would not either. Defaults of what follows are open_clip's."""
+    """Takes no "12" for 12, because open_clip does not either. Defaults of the subclasses are open_clip's."""
 
     model_config = ConfigDict(strict=True)
 
@@ -32,14 +32,14 @@ class ViTConfig(Exact):
     layers: Count = 12
     head_width: Count = 64
     mlp_ratio: float = 4.0
-    no_ln_pre: bool = False  # no norm in front of the first block
-    final_ln_after_pool: bool = False  # the last norm is that of the pooled token, not of all
-    pool_type: Literal["tok", "avg"] = "tok"  # the class token, or the mean of the others
+    no_ln_pre: bool = False  # no norm before the first block
+    final_ln_after_pool: bool = False  # normalise the pooled token, not all tokens
+    pool_type: Literal["tok", "avg"] = "tok"  # the class token, or the mean of all others
 
     @model_validator(mode="after")
-    def _whole(self) -> "ViTConfig":
+    def _divisible(self) -> "ViTConfig":
         if self.width < self.head_width or self.width % self.heads or self.patch_size > self.image_size:
-            raise ValueError("neither heads nor patches may be empty or cut")
+            raise ValueError("width must be whole heads, and image_size at least a patch")
         return self
 
     @property
@@ -52,11 +52,12 @@ class ResNetConfig(Exact):
     width: Annotated[int, Field(ge=2)] = 768  # of the stem; the stages have 4, 8, 16 and 32 times as many channels
     layers: list[Count] = Field(min_length=4, max_length=4)  # blocks of each stage
     head_width: Count = 64
+    patch_size: None = None  # open_clip's own configs have it
 
     @model_validator(mode="after")
-    def _whole(self) -> "ResNetConfig":
+    def _divisible(self) -> "ResNetConfig":
         if 32 * self.width < self.head_width or 32 * self.width % self.heads:
-            raise ValueError("no head may be empty or cut")
+            raise ValueError("32 times width must be whole heads")
         return self
 
     @property
@@ -72,72 +73,16 @@ class TextConfig(Exact):
     heads: Count = 8
     layers: Count = 12
     mlp_ratio: float = 4.0
-    pad_id: int = 0  # padding is behind the token that is pooled, which does not see it
+    pad_id: int = 0  # not read: padding follows the pooled token, which does not attend to it
     eos_id: int = 2
-    no_causal_mask: bool = False  # every token sees all
+    no_causal_mask: bool = False  # every token attends to all
     pool_type: Literal["first", "last", "argmax", "eos"] = "argmax"  # argmax: CLIP's end token has the highest id
 
     @model_validator(mode="after")
-    def _whole(self) -> "TextConfig":
+    def _divisible(self) -> "TextConfig":
         if self.width % self.heads:
-            raise ValueError("no head may be cut")
+            raise ValueError("width must be whole heads")
         return self
-
-
-class CLIPConfig(Exact):
-    embed_dim: Count
-    vision_cfg: ViTConfig | ResNetConfig
-    text_cfg: TextConfig
-    quick_gelu: bool = False
-
-
-def known(model_cfg: dict[str, Any]) -> CLIPConfig | None:
-    """An open_clip model config, None where it asks for anything that is not here."""
-    try:
-        return CLIPConfig.model_validate(model_cfg)
-    except ValidationError:
-        return None
-
-
-class CLIP(nn.Module):
-    """Pictures and texts into one space. Parameters have open_clip's names, and their values only once loaded."""
-
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        vision, text = config.vision_cfg, config.text_cfg
-        self.text_config = text
-        self.visual: nn.Module
-        if isinstance(vision, ViTConfig):
-            self.visual = ViT(vision, config.embed_dim, config.quick_gelu)
-        else:
-            self.visual = ResNet(vision, config.embed_dim)
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
-        self.positional_embedding = _weight(text.context_length, text.width)
-        self.transformer = Transformer(text, config.quick_gelu)
-        self.ln_final = nn.LayerNorm(text.width)
-        self.text_projection = _weight(text.width, config.embed_dim)
-        self.logit_scale = _weight()  # of training's softmax; a cosine does not need it
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S), normalised as `Preprocessing` does -> (N, E), of any length."""
-        embedded: Tensor = self.visual(pixels)
-        return embedded
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(M, C) int64 -> (M, E), of any length."""
-        config = self.text_config
-        x = self.token_embedding(tokens) + self.positional_embedding  # (M, C, W)
-        x = self.ln_final(self.transformer(x, causal=not config.no_causal_mask))
-        match config.pool_type:
-            case "first":
-                place = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-            case "last":
-                place = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
-            case "argmax":
-                place = tokens.argmax(-1)
-            case "eos":
-                place = (tokens == config.eos_id).int().argmax(-1)
-        return x[torch.arange(len(x), device=x.device), place] @ self.text_projection
 
 
 # Image towers ---------------------------------------------------------------------------------------------------------
@@ -149,12 +94,12 @@ class ViT(nn.Module):
         width, side = config.width, config.image_size // config.patch_size
         self.config = config
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = _weight(width)
-        self.positional_embedding = _weight(side * side + 1, width)
+        self.class_embedding = parameter(width, std=width**-0.5)
+        self.positional_embedding = parameter(side * side + 1, width, std=width**-0.5)
         self.ln_pre = nn.Identity() if config.no_ln_pre else nn.LayerNorm(width)
         self.transformer = Transformer(config, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = _weight(width, embed_dim)
+        self.proj = parameter(width, embed_dim, std=width**-0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, E)."""
@@ -185,18 +130,22 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.attnpool = AttentionPool(channels, config.image_size // 32, config.heads, embed_dim)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, E)."""
+    def stem(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, width, S / 4, S / 4)."""
         x = F.relu(self.bn1(self.conv1(pixels)))
         x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)  # (N, width, S / 4, S / 4)
+        return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, E)."""
+        x = self.stem(pixels)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         embedded: Tensor = self.attnpool(x)
         return embedded
 
 
 class ResNetBlock(nn.Module):
-    """He et al. 2015, figure 5 right, with an average pool where that has a stride."""
+    """He et al. 2015, figure 5 right, with an average pool in place of its stride; starts as the identity."""
 
     def __init__(self, channels: int, inner: int, stride: int = 1) -> None:
         super().__init__()
@@ -204,7 +153,8 @@ class ResNetBlock(nn.Module):
         self.conv1, self.bn1 = _convolution(channels, inner, 1), nn.BatchNorm2d(inner)
         self.conv2, self.bn2 = _convolution(inner, inner, 3), nn.BatchNorm2d(inner)
         self.conv3, self.bn3 = _convolution(inner, out, 1), nn.BatchNorm2d(out)
-        self.downsample = None
+        nn.init.zeros_(self.bn3.weight)
+        self.downsample: nn.Sequential | None = None
         if stride > 1 or channels != out:
             self.downsample = nn.Sequential(_convolution(channels, out, 1), nn.BatchNorm2d(out))
 
@@ -221,14 +171,16 @@ class ResNetBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """What the mean of all positions reads of them, with attention of one query."""
+    """Attention of one query, the mean of all positions, to that mean and all positions."""
 
     def __init__(self, channels: int, side: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = _weight(side * side + 1, channels)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
+        self.positional_embedding = parameter(side * side + 1, channels, std=channels**-0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
         self.c_proj = nn.Linear(channels, embed_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=channels**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, side, side) -> (N, E)."""
@@ -270,12 +222,16 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Parameters, and their initialisation, of `nn.MultiheadAttention`."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = _weight(3 * width, width)
-        self.in_proj_bias = _weight(3 * width)
+        self.in_proj_weight = parameter(3 * width, width)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         """(B, L, W) -> (B, L, W)."""
@@ -298,5 +254,7 @@ def _convolution(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Co
     return nn.Conv2d(channels, out, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-def _weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape))
+def parameter(*shape: int, std: float | None = None) -> nn.Parameter:
+    """Normally distributed, or not yet initialised."""
+    weight = nn.Parameter(torch.empty(shape))
+    return weight if std is None else nn.init.normal_(weight, std=std)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""A reranker loaded without open_clip against open_clip: the same features, texts, pictures, and the same refusals."""
+"""Our CLIP against open_clip: the same features, initialisation, loss, gradients, texts and images."""
 
 import json
 from dataclasses import asdict
@@ -12,12 +12,15 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
 
-from rerank import ClipReranker, towers
-from rerank.clip import WEIGHT_FILE, new_clip
-from rerank.preprocessing import Preprocessing
-from rerank.tokenizer import FileTokenizer
+from rerank import ClipReranker
+from rerank.clip import new_clip
+from tessera.clip.folder import WEIGHT_FILE
+from tessera.clip.model import CLIP, CLIPConfig
+from tessera.clip.preprocessing import Preprocessing
+from tessera.clip.text import FileTokenizer
 from tessera.text import TextTokenizer
 from tests.conftest import TINY_CLIP
 
@@ -37,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_cfg": TEXT | {"pool_type": "first", "mlp_ratio": 3},
     },
     "resnet": {"vision_cfg": RESNET, "text_cfg": TEXT | {"pool_type": "eos", "eos_id": 7}},
-    "resnet with quick_gelu": {"vision_cfg": RESNET, "text_cfg": TEXT, "quick_gelu": True},
+    "resnet with quick_gelu": {"vision_cfg": RESNET | {"patch_size": None}, "text_cfg": TEXT, "quick_gelu": True},
 }
 UNKNOWN: dict[str, dict[str, Any]] = {
     "a key of the model": {"init_logit_bias": -10.0},
@@ -59,22 +62,71 @@ def random_model(config: dict[str, Any]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_features_equal_open_clips(case: str) -> None:
-    config = {"embed_dim": 16} | CONFIGS[case]
-    theirs, known = random_model(config), towers.known(config)
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"embed_dim": 16} | CONFIGS[request.param]
+
+
+def built(config: dict[str, Any]) -> CLIP:
+    known = CLIPConfig.known(config)
     assert known is not None
-    ours = towers.CLIP(known).eval()
+    return CLIP(known)
+
+
+def inputs(config: dict[str, Any], n: int) -> tuple[Tensor, Tensor]:
+    """Pixels (n, 3, S, S) and tokens (n, 12)."""
+    side = config["vision_cfg"]["image_size"]
+    return torch.randn(n, 3, side, side), torch.randint(0, 50, (n, 12))
+
+
+@torch.no_grad()
+def test_features_equal_open_clips(config: dict[str, Any]) -> None:
+    theirs, ours = random_model(config), built(config).eval()
     ours.load_state_dict(theirs.state_dict())
-    pixels = torch.randn(3, 3, *[config["vision_cfg"]["image_size"]] * 2)
-    tokens = torch.randint(0, 50, (4, 12))
-    with torch.no_grad():
-        pairs = [(ours.encode_image(pixels), theirs.encode_image(pixels))]
-        pairs += [(ours.encode_text(tokens), theirs.encode_text(tokens))]
-    for own, expected in pairs:
-        assert own.shape == expected.shape and expected.std() > 1e-3
-        own, expected = F.normalize(own, dim=-1), F.normalize(expected, dim=-1)
-        assert torch.allclose(own, expected, rtol=0, atol=1e-5)
+    pixels, tokens = inputs(config, 4)
+    pairs = [(ours.encode_image(pixels), theirs.encode_image(pixels))]
+    pairs += [(ours.encode_text(tokens), theirs.encode_text(tokens))]
+    for features, expected in pairs:
+        assert features.shape == expected.shape and expected.std() > 1e-3
+        features, expected = F.normalize(features, dim=-1), F.normalize(expected, dim=-1)
+        assert torch.allclose(features, expected, rtol=0, atol=1e-5)
+
+
+def test_a_seed_gives_the_new_model_that_it_gives_open_clip(config: dict[str, Any]) -> None:
+    """All parameters and buffers, in the same order, which optimizer states in checkpoints go by."""
+    torch.manual_seed(3)
+    ours = built(config)
+    torch.manual_seed(3)
+    theirs = open_clip.model.CLIP(**json.loads(json.dumps(config)))
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, expected in theirs.state_dict().items():
+        tensor = ours.state_dict()[name]
+        assert tensor.dtype == expected.dtype
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_loss_and_gradients_of_training_equal_open_clips(config: dict[str, Any]) -> None:
+    """From new weights and from others, in float64, because gradients through batch norm are sums that cancel."""
+    torch.manual_seed(0)
+    new = open_clip.model.CLIP(**json.loads(json.dumps(config)))
+    contrastive = open_clip.loss.ClipLoss()
+    for theirs in (new.double().train(), random_model(config).double().train()):
+        ours = built(config).double().train()
+        ours.load_state_dict(theirs.state_dict())
+        pixels, tokens = inputs(config, 6)
+        pixels = pixels.double()
+        loss, expected = contrastive(*ours(pixels, tokens)), contrastive(*theirs(pixels, tokens))
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        for name, parameter in theirs.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-8, msg=name)
+        for name, buffer in theirs.named_buffers():
+            if "running" in name:
+                torch.testing.assert_close(ours.get_buffer(name), buffer)
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
@@ -83,7 +135,7 @@ def test_an_unknown_key_goes_to_open_clip(case: str, tiny_text_tokenizer: TextTo
                for name, value in UNKNOWN[case].items()}  # fmt: skip
     torch.manual_seed(0)
     clip = new_clip(TINY_CLIP | changes, tiny_text_tokenizer)
-    assert towers.known(clip.config["model_cfg"]) is None
+    assert CLIPConfig.known(clip.config["model_cfg"]) is None
     clip.save_pretrained(tmp_path / "reranker")
     loaded = ClipReranker.from_pretrained(tmp_path / "reranker")
     assert type(loaded.model).__module__.startswith("open_clip")
@@ -93,7 +145,7 @@ def test_an_unknown_key_goes_to_open_clip(case: str, tiny_text_tokenizer: TextTo
 
 def test_a_config_with_a_wrong_value_is_not_known() -> None:
     good = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
-    assert towers.known(good) is not None
+    assert CLIPConfig.known(good) is not None
     for wrong in (
         {"embed_dim": "16"},
         {"vision_cfg": VIT | {"layers": [1, 1]}},
@@ -102,26 +154,30 @@ def test_a_config_with_a_wrong_value_is_not_known() -> None:
         {"text_cfg": TEXT | {"heads": 3}},
         {"text_cfg": TEXT | {"pool_type": "none"}},
     ):
-        assert towers.known(good | wrong) is None
+        assert CLIPConfig.known(good | wrong) is None
 
 
-def test_a_folder_that_is_known_scores_as_open_clips_reranker(tiny_clip: ClipReranker, tmp_path: Path) -> None:
+def test_a_folder_that_is_known_scores_as_open_clips_model(tiny_clip: ClipReranker, tmp_path: Path) -> None:
+    source = f"local-dir:{tmp_path / 'reranker'}"
     tiny_clip.save_pretrained(tmp_path / "reranker")
-    plain = ClipReranker.from_pretrained(tmp_path / "reranker")
-    assert isinstance(plain.model, towers.CLIP) and isinstance(plain.tokenizer, FileTokenizer)
-    assert not isinstance(tiny_clip.model, towers.CLIP)
+    ours = ClipReranker.from_pretrained(tmp_path / "reranker")
+    assert isinstance(ours.model, CLIP) and isinstance(ours.tokenizer, FileTokenizer)
+    model = open_clip.create_model(source, require_pretrained=True).eval()
+    config = {"model_cfg": open_clip.get_model_config(source), "preprocess_cfg": model.visual.preprocess_cfg}
+    assert json.dumps(ours.config) == json.dumps(config)
+    theirs = ClipReranker(model, ours.tokenizer, config)
     prompts, images = ["a dog", "红心", "a red heart & a “cat”"], torch.rand(5, 3, 40, 50) * 2 - 1
-    assert torch.allclose(plain.scores(prompts, images), tiny_clip.scores(prompts, images), rtol=0, atol=1e-5)
-    assert plain.fingerprint == tiny_clip.fingerprint
-    assert json.dumps(plain.config) == json.dumps(tiny_clip.config)
+    assert torch.allclose(ours.scores(prompts, images), theirs.scores(prompts, images), rtol=0, atol=1e-5)
+    assert ours.fingerprint == theirs.fingerprint == tiny_clip.fingerprint
 
 
-def test_weights_of_another_layout_go_to_open_clip(tiny_clip: ClipReranker, tmp_path: Path) -> None:
+def test_weights_of_a_wrapped_model_are_the_models(tiny_clip: ClipReranker, tmp_path: Path) -> None:
     tiny_clip.save_pretrained(tmp_path / "reranker")
     state = {f"module.{name}": tensor for name, tensor in tiny_clip.model.state_dict().items()}
+    state["module.logit_scale"] = state["module.logit_scale"][None]  # as some trainings keep it
     save_file(state, tmp_path / "reranker" / WEIGHT_FILE)
     loaded = ClipReranker.from_pretrained(tmp_path / "reranker")
-    assert not isinstance(loaded.model, towers.CLIP) and loaded.fingerprint == tiny_clip.fingerprint
+    assert isinstance(loaded.model, CLIP) and loaded.fingerprint == tiny_clip.fingerprint
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
@@ -142,7 +198,7 @@ TEXTS = [
 
 @pytest.fixture
 def older_clip(tiny_text_tokenizer: TextTokenizer, tmp_path: Path) -> ClipReranker:
-    """With a text tokenizer from before what cannot be seen was taken out."""
+    """With a text tokenizer from before invisible characters were removed."""
     content = json.loads(tiny_text_tokenizer.to_json())
     content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": " "}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -154,7 +210,7 @@ def test_texts_become_the_tokens_of_open_clip(older_clip: ClipReranker, tmp_path
     older_clip.save_pretrained(tmp_path / "reranker")
     theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'reranker'}")
     ours = FileTokenizer.from_folder(tmp_path / "reranker", 24)
-    assert ours is not None and not isinstance(older_clip.tokenizer, FileTokenizer)
+    assert ours is not None and ours.cleaning == "before"
     random = np.random.default_rng(0)
     noise = ["".join(map(chr, random.integers(1, 0x500, 30))) for _ in range(50)]
     noise += ["".join(map(chr, random.integers(1, 128, 30))) for _ in range(50)]
@@ -178,20 +234,20 @@ def test_a_tokenizer_that_asks_for_more_goes_to_transformers(
     assert FileTokenizer.from_folder(tmp_path / "reranker", 24) is None
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [32, (32, 32), (24, 40)])
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_pictures_are_preprocessed_as_by_open_clip(size: int | tuple[int, int], mode: str, interpolation: str) -> None:
+def test_images_are_preprocessed_as_by_open_clip(size: int | tuple[int, int], mode: str, interpolation: str) -> None:
     given = {"size": size, "resize_mode": mode, "interpolation": interpolation, "fill_color": 90}
     theirs, ours = image_transform_v2(PreprocessCfg(**given), is_train=False), Preprocessing.model_validate(given)
     random = np.random.default_rng(0)
     for width, height in ((32, 32), (50, 37), (31, 90), (16, 16), (200, 33), (41, 24)):
-        picture = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        for one in (picture, picture.convert("L"), picture.convert("RGBA"), picture.quantize(16)):
-            assert torch.equal(ours.of_picture(one), theirs(one)), (one.size, one.mode)
+        rgb = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for image in (rgb, rgb.convert("L"), rgb.convert("RGBA"), rgb.quantize(16)):
+            assert torch.equal(ours.from_image(image), theirs(image)), (image.size, image.mode)
 
 
 def test_defaults_of_preprocessing_are_open_clips() -> None:
