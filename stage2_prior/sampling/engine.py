@@ -1,7 +1,7 @@
-"""What computes the steps of a prior: its contract, and the prior's own `prefill` and `step` as the plainest engine.
+"""What computes the steps of a prior: the contract, and the plain engine, which is the prior itself.
 
-An engine is made by `make_engine` (selection.py), and whoever samples with it keeps it. Several engines of one prior,
-in several precisions, know nothing of each other.
+An engine is made by `make_engine` (selection.py), and whoever samples with it keeps it. Engines of one prior in several
+precisions are independent of each other.
 """
 
 from abc import ABC, abstractmethod
@@ -29,18 +29,21 @@ class Engine(ABC):
         """As `Prior.step`: codes (N,) -> logits of the next ones (N, K)."""
 
     def refresh(self) -> None:
-        """The prior's weights have changed: reads them again. Caches from before are of no use afterwards."""
+        """The prior's weights have changed: reads them again. Not while images are being sampled with it."""
         self._versions = _versions(self.prior)
 
     def check(self, prior: Prior) -> None:
         """Raises InputError unless the engine computes this prior, with the weights that it has now.
 
-        A change that torch does not count, one through `.data`, is not found: `refresh` has to be told.
+        This is a safeguard and does not replace `refresh`: a change through `.data` is not found.
         """
         if self.prior is not prior:
             raise InputError("the engine was made for another prior; make one for this prior with make_engine")
         if self._versions != _versions(prior):
-            raise InputError("the prior's weights have changed since its engine read them; call the engine's refresh()")
+            raise InputError(
+                "the prior's weights have changed since its engine read them; call the engine's refresh(), or make a new "
+                "engine if they are on another device now"
+            )
 
 
 class PlainEngine(Engine):

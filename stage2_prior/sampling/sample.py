@@ -45,10 +45,10 @@ def sample(
 
     `prefix` (R, P): each row serves N / R seeds in a row; one row serves all. `null` (1, P) or (R, P) is what guidance
     steers away from, by default the prior's null prefix. `first_codes` (n,), n < T, are the first codes of every image;
-    the others are sampled. `engine` is the prior's, made for this call if it is None: who samples often makes one with
-    `make_engine` and keeps it. What does not fit in memory is sampled in parts: the same images, and a warning is
-    logged. Raises InputError when N is not a multiple of R, for given codes that are not codes, or for an engine of
-    another prior or of weights from before.
+    the others are sampled. `engine` is the prior's, None makes one for this call: make one with `make_engine` to sample
+    often. What does not fit in memory is sampled in parts: the same images, and a warning is logged. Raises InputError
+    when N is not a multiple of R, for given codes that are not codes, or for an engine that is not this prior's or that
+    holds weights from before a change.
     """
     return sample_scored(
         prior, prefix, seeds, sampling, progress, null=null, first_codes=first_codes, engine=engine, scored=False
