@@ -41,8 +41,8 @@ class Engine(ABC):
             raise InputError("the engine was made for another prior; make one for this prior with make_engine")
         if self._versions != _versions(prior):
             raise InputError(
-                "the prior's weights have changed since its engine read them; call the engine's refresh(), or make a new "
-                "engine if they are on another device now"
+                "the prior's weights have changed since its engine read them; call the engine's refresh(), or make a "
+                "new engine if they are on another device now"
             )
 
 
