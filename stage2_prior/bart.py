@@ -1,8 +1,9 @@
 """The encoder-decoder prior of DALL·E mini (Dayma et al. 2021): BART (Lewis et al. 2019) with the norms of NormFormer.
 
 The encoder reads the text in both directions, the decoder predicts codes and attends to what was read. Differences from
-BART: each attention has a norm behind it as well as before (Shleifer et al. 2021), the MLP is a gated one (Shazeer 2020)
-with a norm inside, there are no biases but those of the norms, and embeddings are not scaled. Text is not predicted.
+BART: each attention has a norm behind it as well as before (Shleifer et al. 2021), the MLP is a gated one (Shazeer
+2020) with a norm inside, there are no biases but those of the norms, and embeddings are not scaled. Text is not
+predicted.
 
 Text is <start>, the tokens, <end>, then <pad> up to P, which nothing attends to.
 Letters: B batch, P text positions, n image positions, K codebook size, V text vocabulary, E width.

@@ -28,7 +28,7 @@ class SingleCodebookConfig(PriorConfig):
     @model_validator(mode="after")
     def _trunk_is_consistent(self) -> "SingleCodebookConfig":
         if self.code_shape[0] != 1:
-            raise ValueError(f"this prior predicts one codebook, got a code_shape of {self.code_shape}")
+            raise ValueError(f"this prior draws one codebook, got a code_shape of {self.code_shape}")
         try:
             _ = self.decoder
         except ValidationError as error:

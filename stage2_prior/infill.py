@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stage2_prior.base import Cache, Prior, flatten_codes, unflatten_codes
-from stage2_prior.sampling import Sampling, sample
 from stage2_prior.gpt import GPTPrior
+from stage2_prior.sampling import Sampling, sample
 from tessera.errors import InputError
 
 ONLY_ROWS = (

@@ -1,8 +1,8 @@
 """Which positions attend to which: the one place where masks are made.
 
 Patterns of sparse attention (Ramesh et al. 2021, appendix B.1; ruDALL-E's square). A position attends to the whole
-prefix before it, whatever the pattern, and to itself. Most patterns are sets of distances back along the codes in raster
-order, so all but the column wrap around at the edges of the grid (figure 11):
+prefix before it, whatever the pattern, and to itself. Most patterns are sets of distances back along the codes in
+raster order, so all but the column wrap around at the edges of the grid (figure 11):
 
     row              the last w + 1 positions, up to the one straight above
     column           the positions above, in the same column
@@ -100,8 +100,8 @@ def with_padding(mask: Tensor | None, first: int, last: int, present: Tensor) ->
     queries = torch.arange(first, last, device=present.device).unsqueeze(1)
     keys = torch.arange(last, device=present.device)
     mask = keys <= queries if mask is None else mask
-    hidden = F.pad(present[:, :last], (0, max(0, last - present.shape[1])), value=True)[:, None, None]  # (B, 1, 1, last)
-    return mask & hidden | (keys == queries)
+    not_padding = F.pad(present[:, :last], (0, max(0, last - present.shape[1])), value=True)  # (B, last)
+    return mask & not_padding[:, None, None] | (keys == queries)
 
 
 def with_look_ahead(mask: Tensor | None, last: int, look_ahead: int, device: torch.device) -> Tensor:

@@ -101,7 +101,7 @@ def test_each_third_of_the_attention_is_its_own(tmp_path):
     prior, before = random_prior(), random_prior().state_dict()
     Loras(prior).add(tmp_path / "lora")
     changed = {name for name, weight in prior.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"blocks.0.attention.qkv.weight", "blocks.1.attention.qkv.weight"}
+    assert changed == {"decoder.blocks.0.attention.qkv.weight", "decoder.blocks.1.attention.qkv.weight"}
     for name in changed:
         moved = (prior.state_dict()[name] != before[name]).any(1)
         assert moved[:32].all() and not moved[32:].any()

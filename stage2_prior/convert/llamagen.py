@@ -18,8 +18,8 @@ from stage1_tokenizer.convert.vqgan import LARGEST_SIZE
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
 from stage2_prior.imported.llamagen import LlamaGenConfig, LlamaGenPrior
-from stage2_prior.sampling import Sampling
 from stage2_prior.imported.t5 import FILES
+from stage2_prior.sampling import Sampling
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
 from tessera.weights.foreign import Weights, read_settings, read_tensors

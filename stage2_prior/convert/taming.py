@@ -19,8 +19,8 @@ from stage1_tokenizer.convert.taming import IGNORED as TOKENIZER_IGNORED
 from stage1_tokenizer.convert.vqgan import Converted as ConvertedTokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
-from stage2_prior.sampling import Sampling
 from stage2_prior.imported.taming import TamingConfig, TamingPrior
+from stage2_prior.sampling import Sampling
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
 from tessera.weights.containers import matching

@@ -44,11 +44,6 @@ class LlamaGenConfig(SingleCodebookConfig):
         text = (self.feature_dim, self.text_length, self.text_encoder)
         if (None in text) == (self.num_classes is None) or any(text) and self.num_classes is not None:
             raise ValueError("give num_classes, or feature_dim, text_length and text_encoder")
-        if self.dim % (4 * self.num_heads) or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "dim must be divisible by 4 x num_heads, and num_heads by num_kv_heads, got "
-                f"{self.dim}, {self.num_heads} and {self.num_kv_heads}"
-            )
         return self
 
     @property
