@@ -30,7 +30,6 @@ from stage2_prior.train import (
     noisy_prefix,
     sample_pictures,
 )
-from stage2_prior.upgrade import TRUNK
 from tessera.config import Config, read_recipe
 from tessera.errors import InputError
 from tessera.training.run import OptimizerConfig, Run, RunConfig
@@ -183,11 +182,8 @@ def save_lora(prior: Any, folder: Path, base: str, base_name: str | Path) -> Non
 
     content: dict[str, Any] = prior.peft_config["default"].to_dict()  # peft puts it there
     content |= {"base_model_name_or_path": Path(base_name).name, "revision": base, "inference_mode": True}
-    content["target_modules"] = sorted(name.removeprefix(TRUNK) for name in content["target_modules"])
-    state = {
-        f"{PREFIX}{name.removeprefix(TRUNK)}": weight.contiguous()
-        for name, weight in get_peft_model_state_dict(prior).items()
-    }
+    content["target_modules"] = sorted(content["target_modules"])
+    state = {f"{PREFIX}{name}": weight.contiguous() for name, weight in get_peft_model_state_dict(prior).items()}
     with replacing(folder) as part:
         (part / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(state, part / WEIGHTS, metadata={"format": "pt"})

@@ -9,8 +9,8 @@ fingerprint of the base, for on another prior the numbers mean nothing. Training
 does not: here the addition is made once, so that a prior with LoRAs is as fast as one without.
 
 Our attention computes queries, keys and values by one matrix `qkv` of three thirds. Each third has its own A and B, as
-three separate matrices would; the layers `qkv.q`, `qkv.k` and `qkv.v` are those thirds. Layers of the trunk are named
-without its `decoder.` in files and in the base's fingerprint.
+three separate matrices would; the layers `qkv.q`, `qkv.k` and `qkv.v` are those thirds. Release 0.1 named the layers of
+the trunk without `decoder.`, and so does the base's fingerprint still, so that its adapters belong to the same base.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Weights as release 0.1 named them, before every prior stood on one trunk; they are renamed when they are loaded.
 
-The GPT's fingerprint and the layers of its LoRAs are named without the trunk's `decoder.`, as they were then, so that
-bundles and adapters of that release belong together with what is written today.
+Layers of a LoRA that it named without the trunk's `decoder.` are found as well (`lora.py`).
 """
 
 import re
@@ -80,6 +79,6 @@ def upgrade(prior: Any, state: dict[str, Tensor], prefix: str = "", *_: Any) -> 
         if new is not None:
             place, _, number = new.partition("#")
             parts.setdefault(place, {})[number] = state.pop(name)
-    for place, numbered in parts.items():
+    for target, numbered in parts.items():
         whole = [numbered[number] for number in sorted(numbered)]
-        state[place] = whole[0] if len(whole) == 1 else torch.cat(whole)
+        state[target] = whole[0] if len(whole) == 1 else torch.cat(whole)

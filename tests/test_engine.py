@@ -500,7 +500,7 @@ def test_a_prior_with_hooks_has_no_engine(kind):
     prior = make_prior()
     assert unsupported(prior) == ""
     hook = getattr(prior.decoder.blocks[1].mlp_in, kind)(lambda *arguments: None)
-    assert "does not know the prior's blocks.1.mlp_in (Linear)" in unsupported(prior)
+    assert "does not know the prior's decoder.blocks.1.mlp_in (Linear)" in unsupported(prior)
     hook.remove()
     assert unsupported(prior) == ""
 

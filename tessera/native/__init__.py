@@ -1,1 +1,1 @@
-"""C++ and what is fast on one kind of machine, swapped in from outside a model."""
+"""What is fast on one kind of machine, and C++ and how it is built: optional, swapped into a model from outside."""
