@@ -77,8 +77,8 @@ def upgrade(prior: Any, state: dict[str, Tensor], prefix: str = "", *_: Any) -> 
     for name in [*state]:
         new = next((match.expand(new) for old, new in table.items() if (match := old.fullmatch(name))), None)
         if new is not None:
-            place, _, number = new.partition("#")
-            parts.setdefault(place, {})[number] = state.pop(name)
+            target, _, number = new.partition("#")
+            parts.setdefault(target, {})[number] = state.pop(name)
     for target, numbered in parts.items():
         whole = [numbered[number] for number in sorted(numbered)]
         state[target] = whole[0] if len(whole) == 1 else torch.cat(whole)
