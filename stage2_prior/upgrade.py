@@ -75,9 +75,9 @@ def upgrade(prior: Any, state: dict[str, Tensor], prefix: str = "", *_: Any) -> 
     table = {re.compile(re.escape(prefix) + old): prefix + new for old, new in TABLES[prior.config.type].items()}
     parts: dict[str, dict[str, Tensor]] = {}
     for name in [*state]:
-        new = next((match.expand(new) for old, new in table.items() if (match := old.fullmatch(name))), None)
-        if new is not None:
-            target, _, number = new.partition("#")
+        renamed = next((match.expand(new) for old, new in table.items() if (match := old.fullmatch(name))), None)
+        if renamed is not None:
+            target, _, number = renamed.partition("#")
             parts.setdefault(target, {})[number] = state.pop(name)
     for target, numbered in parts.items():
         whole = [numbered[number] for number in sorted(numbered)]
