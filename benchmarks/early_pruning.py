@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines import TextToImagePipeline
 from pipelines.evaluate import choose
 from pipelines.judge import Judge, read_requests
-from pipelines.text_to_image import fill
+from pipelines.pruning import fill
 from stage2_prior import unflatten_codes
 from stage2_prior.sampling import Sampler, plan_pruning
 from stage2_prior.sampling.prune import NULL_WEIGHT, best_of

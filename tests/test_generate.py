@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pipelines import generate as generating
+from pipelines import output as generating
 from pipelines.bundle import assemble_bundle, bundle_fingerprint
-from pipelines.generate import Report, generate, public_name, read_prompts, replay, slug
+from pipelines.output import Report, generate, public_name, read_prompts, slug
+from pipelines.replay import replay
 from pipelines.text_to_image import TextToImagePipeline
 from rerank import ClipReranker
 from stage2_prior import Sampling, load_prior
@@ -25,7 +26,7 @@ SLUG = "a-red-heart-above-a-blue-circle"
 
 
 def draw(output: Path, bundle: Path, prompts: Any = PROMPT, **arguments: Any) -> Report:
-    return generate(prompts, output, model=bundle, device="cpu", **({"num_candidates": 5, "num_images": 2} | arguments))
+    return generate(prompts, output, model=bundle, device="cpu", **({"num_candidates": 5, "num_images_per_prompt": 2} | arguments))
 
 
 def names(folder: Path) -> list[str]:
@@ -325,7 +326,7 @@ def test_no_prompt_file(tmp_path: Path) -> None:
         ({"prompts": ["a dog", "heart " * 6000]}, "prompt 2 of 2"),
         ({"top_of": "none.png"}, "none.png does not exist"),
         ({"candidate_budget": 0.01}, "too little"),
-        ({"num_images": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
+        ({"num_images_per_prompt": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
         ({"num_candidates": -1}, "num_candidates must be"),
         ({"num_candidates": 10**10}, "GB of memory"),
         ({"seed": -1}, "seed must be"),

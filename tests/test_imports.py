@@ -122,7 +122,7 @@ def test_relative_imports_are_resolved() -> None:
 def test_drawing_and_ranking_need_no_extra() -> None:
     """The wheel with its plain dependencies runs `tessera generate`: what only the extras bring is not imported."""
     blocked = "import sys; from pipelines.cli import EXTRAS; sys.modules.update(dict.fromkeys(EXTRAS)); "
-    wanted = "import open_clip, pipelines.generate, pipelines.rank, pipelines.info, pipelines.check"
+    wanted = "import open_clip, pipelines.output, pipelines.rank, pipelines.info, pipelines.check"
     done = subprocess.run([sys.executable, "-c", blocked + wanted], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
