@@ -129,7 +129,7 @@ def test_other_failures_are_one_line_that_says_how_to_see_more(
     def break_down(*_: object) -> None:
         raise RuntimeError("the roof\nis leaking")
 
-    monkeypatch.setattr("pipelines.check.check", break_down)
+    monkeypatch.setattr("tessera.data.check.check", break_down)
     assert cli.main(["data", "check", str(tmp_path)]) == 1
     line = "tessera: failed: RuntimeError: the roof is leaking (TESSERA_DEBUG=1 shows the traceback)\n"
     assert capsys.readouterr() == ("", line)
@@ -270,8 +270,9 @@ def test_sampling_options_reach_the_pictures(ran: Ran, draw: list[object], tmp_p
     assert (report["candidates"], report["finished"]) == (16, 5)
     (drawn,) = report["prompts"][0]["images"]
     origin = read_origin(drawn["path"])
-    assert (origin["sampling"]["min_p"], origin["sampling"]["guidance_schedule"]) == (0.1, "linear")
-    assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 4
+    request = origin["request"]
+    assert (request["sampling"]["min_p"], request["sampling"]["guidance_schedule"]) == (0.1, "linear")
+    assert request["negative_prompt"] == "a dog" and len(request["first_codes"]) == 4
     assert drawn["log_prob"] == origin["log_prob"] < 0
     replayed = ran("generate", "--replay", drawn["path"], "-o", tmp_path / "again", "--model", draw[2], "--json")
     assert json.loads(replayed)["identical"]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.app import AsJson, app, command, data_app
-from pipelines.cli.images import Schedule
+from pipelines.cli.images import Schedule, settings_of
 from pipelines.cli.show import print_report
 
 
@@ -19,7 +19,7 @@ def check_data(
     as_json: AsJson = False,
 ) -> None:
     """Read every picture and caption and count what training would meet."""
-    from pipelines.check import check
+    from tessera.data.check import check
 
     print_report(check(folder, split, images_only), as_json)
 
@@ -98,6 +98,7 @@ def info(
 
 @command(app)
 def bundle(
+    context: typer.Context,
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     image_tokenizer: Annotated[str, typer.Option(help="Folder of a trained tokenizer.")],
     prior: Annotated[str, typer.Option(help="Folder of a prior trained on its codes.")],
@@ -126,14 +127,8 @@ def bundle(
     from stage2_prior import Sampling
     from tessera.config import validate
 
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "guidance_scale": guidance_scale,
-        "guidance_schedule": guidance_schedule and guidance_schedule.value,
-        "plausibility": plausibility,
+    settings = {
+        key: value for key, value in settings_of(context, [*Sampling.model_fields]).items() if value is not None
     }
     assemble_bundle(
         out,
@@ -142,7 +137,7 @@ def bundle(
         text_tokenizer=text_tokenizer,
         reranker=reranker,
         segmentation_tokenizer=segmentation_tokenizer,
-        sampling=validate(Sampling, {key: value for key, value in given.items() if value is not None}, "sampling"),
+        sampling=validate(Sampling, settings, "sampling"),
         likelihood_weight=likelihood_weight,
     )
     print(out)
