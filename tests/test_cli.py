@@ -603,6 +603,7 @@ def evaluation(tiny_bundle: Path, tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     names = {"prompts": "prompts.jsonl", "references": "references", "output": "evaluation"}
     recipe = {key: str(tmp_path / name) for key, name in names.items()}
+    recipe["judge"] = str(ROOT / "recipes" / "emoji" / "judge.py")
     path = tmp_path / "evaluate.yaml"
     path.write_text(yaml.safe_dump({**recipe, "model": str(tiny_bundle), "num_candidates": 2, "device": "cpu"}))
     return path
@@ -625,3 +626,7 @@ def test_a_wrong_evaluation_is_refused(refused: Refused, evaluation: Path, tmp_p
     assert "cannot read " in refused(*measure, f"prompts={tmp_path}/none.jsonl")
     assert "holds no references" in refused(*measure, f"references={tmp_path}")
     assert "there is no bundle" in refused(*measure, "model=emojo")
+    assert "name the recipe's judge, a Python file" in refused(*measure, "judge=none.py")
+    for content, fault in (("", "AttributeError"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
+        (tmp_path / "wrong.py").write_text(content)
+        assert f"wrong.py cannot be used: {fault}" in refused(*measure, "judge=wrong.py")
