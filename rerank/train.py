@@ -18,10 +18,11 @@ from rerank.clip import ClipReranker, new_clip
 from rerank.negatives import recombined
 from tessera.clip.text import tokenizer_content
 from tessera.config import Config, read_recipe
-from tessera.data.source import DataConfig, ImageFolder, Steps
+from tessera.data.source import DataConfig, ImageFolder, Steps, open_images
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
-from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.training.optimizers import OptimizerConfig
+from tessera.training.run import Run, RunConfig
 from tessera.weights.writing import refuse_data_folder
 
 
@@ -38,14 +39,14 @@ class RerankerRecipe(Config):
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains the reranker of a recipe, or goes on with it; returns the folder of the result."""
     recipe = read_recipe(RerankerRecipe, recipe_path, overrides)
+    if recipe.run.accumulate > 1:
+        raise InputError("run.accumulate must be 1 for a reranker, whose loss compares all images of a batch")
     text_tokenizer = TextTokenizer.from_pretrained(recipe.text_tokenizer)
     torch.manual_seed(recipe.run.seed)
     clip = beginning(recipe, text_tokenizer)
     size = int(clip.config["model_cfg"]["vision_cfg"]["image_size"])
-    data = ImageFolder(recipe.data.folder, size, recipe.data.split, need_captions=True)
-    validation = ImageFolder(
-        recipe.data.folder, size, recipe.data.validation_split or recipe.data.split, need_captions=True
-    )
+    data = open_images(recipe.data, size, need_captions=True)
+    validation = open_images(recipe.data, size, need_captions=True, validation=True)
 
     refuse_data_folder(recipe.run.output, recipe.data.folder, "run.output")
     identities = {"data.folder": data.identity, "text_tokenizer": text_tokenizer.fingerprint}
@@ -54,8 +55,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     run = Run(recipe.run, recipe, identities, len(data))
     if data.left_out:
         run.say(data.left_out)
-    average = run.averaged("average", clip.model)
     model = run.prepare("model", clip.model)
+    average = run.averaged("average", clip.model)
     optimizers = run.optimizers("optimizer", clip.model, recipe.optimizer)
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     contrastive = ClipLoss(rank=rank, world_size=world)
@@ -74,17 +75,19 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             details = told_apart(image_features, text_features, same(batch.captions, wrong).to(run.device), scale)
             run.log(details=details)
             loss = loss + details
-        run.update(optimizers, loss)
+        run.backward(loss)
+        run.update(optimizers)
         with torch.no_grad():
             clip.model.get_parameter("logit_scale").clamp_(max=4.6052)  # ln 100, as CLIP
-        average.update_parameters(clip.model)
+        average.update()
         run.log(loss=loss, temperature=1 / scale)
 
         if run.samples_due():
-            reranker = clip.with_model(average.module)
-            with run.optional("model") as folder:
-                reranker.save_pretrained(folder, dtype=torch.float16)
-            run.log_now(**{"validation/retrieval": retrieval(reranker, validation, recipe.run.seed)})
+            with average.applied():
+                reranker = clip.with_model(clip.model)
+                with run.optional("model") as folder:
+                    reranker.save_pretrained(folder, dtype=torch.float16)
+                run.log_now(**{"validation/retrieval": retrieval(reranker, validation, recipe.run.seed)})
     return folder
 
 

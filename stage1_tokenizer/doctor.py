@@ -25,7 +25,7 @@ from stage1_tokenizer.bottlenecks import Bottleneck
 from stage1_tokenizer.bottlenecks.codebook import Revival, sum_over_processes
 from tessera.config import Config
 from tessera.metrics import perplexity
-from tessera.training.run import Optimizers
+from tessera.training.optimizers import Optimizers
 
 ENOUGH = 4  # vectors for each code in a window, below which unused codes say nothing
 LEAST_SHARE = 1 / 16  # of a learning rate or of the discriminator; the doctor goes no lower

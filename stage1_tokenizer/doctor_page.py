@@ -63,7 +63,7 @@ def exemplars(autoencoder: Autoencoder, data: ImageFolder) -> Patches:
 def _readable(data: ImageFolder, indices: Sequence[int]) -> Iterator[Tensor]:
     for index in indices:
         try:
-            yield data.image(index)
+            yield data.read(index)
         except InputError:  # training has named it already
             continue
 

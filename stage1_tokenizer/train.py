@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from stage1_tokenizer.autoencoder import Autoencoded, Autoencoder, AutoencoderConfig
 from stage1_tokenizer.doctor import Doctor, DoctorConfig
@@ -22,9 +22,11 @@ from stage1_tokenizer.losses.adversarial import (
 from stage1_tokenizer.losses.perceptual import PerceptualConfig, build_perceptual
 from stage1_tokenizer.losses.pixels import bernoulli_loss, logit_laplace_loss
 from tessera.config import Config, read_recipe
-from tessera.data.source import DataConfig, ImageFolder, Steps
+from tessera.data.source import DataConfig, ImageFolder, Steps, open_images
 from tessera.metrics import perplexity, psnr
-from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.training.averages import AveragedWeights
+from tessera.training.optimizers import OptimizerConfig
+from tessera.training.run import Run, RunConfig
 from tessera.weights.writing import refuse_data_folder
 
 
@@ -69,12 +71,10 @@ class TokenizerRecipe(Config):
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
-    """Trains the tokenizer of a recipe, or goes on with it; returns the folder of the result."""
+    """Trains the tokenizer of a recipe, or resumes; returns the folder of the result."""
     recipe = read_recipe(TokenizerRecipe, recipe_path, overrides)
-    data = ImageFolder(recipe.data.folder, recipe.model.image_size, recipe.data.split)
-    validation = ImageFolder(
-        recipe.data.folder, recipe.model.image_size, recipe.data.validation_split or recipe.data.split
-    )
+    data = open_images(recipe.data, recipe.model.image_size)
+    validation = open_images(recipe.data, recipe.model.image_size, validation=True)
     torch.manual_seed(recipe.run.seed)
     bare = Autoencoder(recipe.model)
     bare_discriminator = PatchDiscriminator(recipe.loss.discriminator_channels, recipe.loss.discriminator_depth)
@@ -83,8 +83,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     run = Run(recipe.run, recipe, {"data.folder": data.identity}, len(data))
     if data.left_out:
         run.say(data.left_out)
-    average = run.averaged("average", bare)
     autoencoder = run.prepare("autoencoder", bare)
+    average = run.averaged("average", bare)
     discriminator = run.prepare("discriminator", bare_discriminator, compile=False)
     optimizers = run.optimizers("optimizer", bare, recipe.optimizer)
     discriminator_optimizers = run.optimizers(
@@ -101,9 +101,8 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     folder = run.folder / "model"
 
     for batch in run.batches(Steps(data, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        images = batch.images.to(run.device)  # (B, 3, H, W) in [-1, 1]
         if recipe.loss.decoder_only_from is not None and run.step >= recipe.loss.decoder_only_from:
-            fix_codes(bare, average.module if run.step == recipe.loss.decoder_only_from else None)
+            fix_codes(bare, average if run.step == recipe.loss.decoder_only_from else None)
         adversarial = recipe.loss.adversarial_weight > 0 and run.step >= recipe.loss.adversarial_from
         adversarial_weight = recipe.loss.adversarial_weight * adversarial_share(run.step, recipe.loss)
         if doctor is not None:
@@ -111,30 +110,43 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
             adversarial_weight *= doctor.adversarial_share
 
         # The autoencoder learns to reconstruct and, later on, to fool the discriminator.
-        with run.autocast():
-            output = autoencoder(images)
-        reconstruction = pixel_loss(output, images, recipe.loss)
-        if perceptual is not None and run.step >= recipe.loss.perceptual_from:
+        reconstructions = []
+        for part in run.parts(batch):
+            images = part.images.to(run.device)  # (B, 3, H, W) in [-1, 1]
             with run.autocast():
-                distance = perceptual(output.images, images)
-            reconstruction = reconstruction + recipe.loss.perceptual_weight * distance
-            run.log(perceptual=distance)
-        loss = reconstruction + output.bottleneck_loss
-        if adversarial_weight > 0:
-            with frozen(bare_discriminator), run.autocast():
-                fooling = losses.generator(discriminator(output.images))
-            balance = gradient_ratio(reconstruction, fooling, at=bare.decoder.conv_out.weight)
-            loss = loss + adversarial_weight * balance * fooling
-            run.log(balance=balance, fooling=fooling)
-        run.update(optimizers, loss)
-        average.update_parameters(bare)
+                output = autoencoder(images)
+            reconstruction = pixel_loss(output, images, recipe.loss)
+            if perceptual is not None and run.step >= recipe.loss.perceptual_from:
+                with run.autocast():
+                    distance = perceptual(output.images, images)
+                reconstruction = reconstruction + recipe.loss.perceptual_weight * distance
+                run.log(perceptual=distance)
+            loss = reconstruction + output.bottleneck_loss
+            if adversarial_weight > 0:
+                with frozen(bare_discriminator), run.autocast():
+                    fooling = losses.generator(discriminator(output.images))
+                balance = gradient_ratio(reconstruction, fooling, at=bare.decoder.conv_out.weight)
+                loss = loss + adversarial_weight * balance * fooling
+                run.log(balance=balance, fooling=fooling)
+            run.backward(loss)
+            reconstructions.append(output.images.detach())
+            quality = psnr(output.images.detach(), images)  # (B,)
+            run.log(loss=loss, bottleneck=output.bottleneck_loss, psnr=quality.mean())
+            if output.codes is not None:
+                run.log(perplexity=perplexity(bare.bottleneck.count(output.codes)))
+            if doctor is not None:
+                assert output.codes is not None
+                doctor.observe(bare.bottleneck, output.codes, quality)
+        run.update(optimizers)
+        average.update()
 
         # The discriminator learns to tell reconstructions from real images.
-        if adversarial:
-            if recipe.loss.r1_weight > 0:
-                images = images.detach().requires_grad_()
+        for part, reconstructed in zip(run.parts(batch), reconstructions, strict=True):
+            if not adversarial:
+                continue
+            images = part.images.to(run.device).requires_grad_(recipe.loss.r1_weight > 0)
             with run.autocast():
-                real, fake = discriminator(images), discriminator(output.images.detach())
+                real, fake = discriminator(images), discriminator(reconstructed)
             discriminator_loss = losses.discriminator(real, fake)
             if recipe.loss.r1_weight > 0:
                 penalty = gradient_penalty(real, images)
@@ -142,24 +154,18 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
                 run.log(gradient_penalty=penalty)
             if recipe.loss.lecam_weight > 0:
                 discriminator_loss = discriminator_loss + recipe.loss.lecam_weight * lecam(real, fake)
-            run.update(discriminator_optimizers, discriminator_loss)
+            run.backward(discriminator_loss)
             run.log(discriminator=discriminator_loss)
+        if adversarial:
+            run.update(discriminator_optimizers)
 
-        quality = psnr(output.images.detach(), images.detach())  # (B,)
-        run.log(loss=loss, bottleneck=output.bottleneck_loss, psnr=quality.mean())
-        if output.codes is not None:
-            run.log(perplexity=perplexity(bare.bottleneck.count(output.codes)))
-        if doctor is not None:
-            assert output.codes is not None
-            doctor.observe(bare.bottleneck, output.codes, quality)
-            if run.due_after(recipe.doctor.every):
-                _visit(run, doctor, bare, adversarial_weight > 0, recipe.loss)
+        if doctor is not None and run.due_after(recipe.doctor.every):
+            _visit(run, doctor, bare, adversarial_weight > 0, recipe.loss)
         if run.samples_due():
-            exported = average.module
-            assert isinstance(exported, Autoencoder)
-            with run.optional("model") as folder:
-                exported.eval().save_pretrained(folder, dtype=torch.float16)
-            _sample(run, exported, validation)
+            with average.applied():
+                with run.optional("model") as folder:
+                    bare.save_pretrained(folder, dtype=torch.float16)
+                _sample(run, bare, validation)
             if doctor is not None:
                 with run.optional("doctor.html") as page:
                     write_page(page, doctor, exemplars(bare, data), run.step + 1)
@@ -185,15 +191,14 @@ def _visit(run: Run, doctor: Doctor, autoencoder: Autoencoder, adversarial: bool
         run.say(f"doctor, step {action.step}: {action.what}, because {action.why}")
 
 
-def fix_codes(autoencoder: Autoencoder, averaged: nn.Module | None) -> None:
+def fix_codes(autoencoder: Autoencoder, average: AveragedWeights | None) -> None:
     """Ends the learning of encoder and bottleneck, at the averaged ones if they are given.
 
     A prior can then be trained on the codes of the weights exported so far while the decoder learns on.
     """
-    if averaged is not None:
-        assert isinstance(averaged, Autoencoder)
-        autoencoder.encoder.load_state_dict(averaged.encoder.state_dict())
-        autoencoder.bottleneck.load_state_dict(averaged.bottleneck.state_dict())
+    if average is not None:
+        autoencoder.encoder.load_state_dict(average.part("encoder."))
+        autoencoder.bottleneck.load_state_dict(average.part("bottleneck."))
     autoencoder.encoder.requires_grad_(False)
     autoencoder.bottleneck.eval().requires_grad_(False)
 
@@ -219,7 +224,6 @@ def adversarial_share(step: int, config: LossConfig) -> float:
 
 def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None:
     """Figures on up to 256 validation pictures, and some of them above their reconstructions."""
-    autoencoder.eval()
     wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
     images, _, skipped = validation.readable(wanted)
     run.note_skipped(skipped)
@@ -230,4 +234,4 @@ def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None
     run.log_now(**{"validation/psnr": float(psnr(decoded, images).mean())})
     shown = [pair for i in range(0, min(256, len(images)), 16) for pair in (images[i], decoded[i])]
     labels = [label for i in range(len(shown) // 2) for label in ("image", "reconstruction")]
-    run.save_pictures("reconstructions", torch.stack(shown), labels)
+    run.save_images("reconstructions", torch.stack(shown), labels)

@@ -43,7 +43,7 @@ def evaluate(
     captioned, alone, guided = (torch.zeros(prior.num_codebooks, dtype=torch.float64) for _ in range(3))
     text, tokens, start = 0.0, 0, time.perf_counter()
     for first in tqdm(range(0, len(source), batch_size), unit="batch", disable=not sys.stderr.isatty()):
-        rows = source.codes[first : first + batch_size].long().to(device)  # (B, T)
+        rows = source.read(range(first, min(first + batch_size, len(source)))).to(device)  # (B, T)
         captions = [(choices or ("",))[0] for choices in source.captions[first : first + batch_size]]
         prefix = batch_prefix(prior, source.batch(range(first, first + len(rows)), captions))  # (B, P)
         predictions = prior.predict(prefix, rows)

@@ -45,7 +45,7 @@ class LoraSettings(Config):
     b_rate: float = Field(1.0, gt=0)  # learning rate of B over that of A (LoRA+, Hayou et al. 2024: 16)
 
 
-class FinetuneRecipe(Noise):
+class FinetuneRecipe(Lesson):
     prior: Path  # the base: a prior's folder
     codes: Path  # of the new pictures, written by tessera encode
     image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
@@ -54,11 +54,7 @@ class FinetuneRecipe(Noise):
     )
     remember_share: float = Field(0.5, gt=0, lt=1)  # of every batch, where there is something to remember
     lora: LoraSettings = LoraSettings()
-    text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss
-    prompts: tuple[str, ...] = ()  # of the sample pictures; by default captions of the data
-    sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
-    run: RunConfig
 
     @model_validator(mode="after")
     def _adamw(self) -> "FinetuneRecipe":
@@ -105,6 +101,7 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     if not isinstance(prior, Trainable):
         raise InputError(f"the prior in {recipe.prior} is of type {prior.config.type}, which is not trained here")
     check_codes(prior, recipe.prior, codes, recipe.codes)
+    check_lesson(recipe, prior)
     base = base_fingerprint(prior)
     torch.manual_seed(recipe.run.seed)
     add_lora(prior, recipe.lora)
@@ -114,38 +111,20 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     if remembered is not None:
         identities["remember"] = remembered.identity
     run = Run(recipe.run, recipe, identities)
+    objective = run.prepare("prior", Objective(prior.train(), recipe.pkeep, recipe.code_dropout))
     # The base never changes, so averages and checkpoints hold the adapter alone.
-    adapter = nn.ParameterList(weight for weight in prior.parameters() if weight.requires_grad)
-    average = run.averaged("average", adapter)
-    objective = run.prepare("prior", Objective(prior.train(), recipe.pkeep))
-    run.state["prior"] = adapter
+    adapter = Adapter(prior)
+    run.state["prior"] = adapter.weights
+    average = run.averaged("average", adapter.weights)
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer, {"lora_B": recipe.lora.b_rate})
-    says_text = prior.condition == "text" and isinstance(prior, GPTPrior)
-    text_weight = recipe.text_weight if says_text else 0.0
+
+    def save(folder: Path) -> None:
+        save_lora(prior, folder, base, recipe.prior)
+
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    folder = run.folder / "model"
-
-    for batch in run.batches(_steps(recipe, codes, remembered, prior, rank, world)):
-        prefix = noisy_prefix(run, prior, batch, recipe)  # (B, P)
-        with run.autocast():
-            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device))
-        loss = (text_weight * text_loss + depth_losses.mean()) / (text_weight + 1)
-        run.update(optimizers, loss)
-        average.update_parameters(adapter)
-        run.log(loss=loss, image=depth_losses.mean())
-        if text_weight:
-            run.log(text=text_loss)
-
-        if run.samples_due():
-            with _exchanged(adapter, average.module), torch.no_grad():
-                prior.eval()
-                with run.optional("model") as folder:
-                    save_lora(prior, folder, base, recipe.prior)
-                if image_tokenizer is not None:
-                    tokenizer = image_tokenizer.to(run.device)
-                    sample_pictures(run, prior, tokenizer, recipe.prompts, recipe.sampling, codes)
-                prior.train()
-    return folder
+    steps = _steps(recipe, codes, remembered, prior, rank, world)
+    fit(run, recipe, prior, objective, optimizers, average, steps, save, Samples(codes, image_tokenizer))
+    return run.folder / "model"
 
 
 def add_lora(prior: nn.Module, settings: LoraSettings) -> None:
@@ -200,21 +179,6 @@ def _steps(
     if not 0 < old < size:
         raise InputError(f"remember_share {recipe.remember_share} of run.batch_size {size} leaves one side empty")
     return MixedSteps(CodesSteps(codes, size - old, seed, rank, world), CodesSteps(known, old, seed + 1, rank, world))
-
-
-@contextmanager
-def _exchanged(adapter: nn.ParameterList, other: nn.Module) -> Iterator[None]:
-    """The adapter with the numbers of `other` while the block runs."""
-    own = [weight.detach().clone() for weight in adapter]
-    with torch.no_grad():
-        for weight, value in zip(adapter, other.parameters(), strict=True):
-            weight.copy_(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(adapter, own, strict=True):
-                weight.copy_(value)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -24,7 +24,9 @@ from stage2_prior.truncation import describe, truncation
 from tessera.config import Config, read_recipe, validate
 from tessera.errors import InputError
 from tessera.text import PAD, TextTokenizer
-from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.training.averages import AveragedWeights
+from tessera.training.optimizers import OptimizerConfig, Optimizers
+from tessera.training.run import Run, RunConfig
 
 
 def _kind(size: Any) -> str:
@@ -39,15 +41,30 @@ AnySize = Annotated[
 Trainable = GPTPrior | BartPrior | PixelCNNPrior
 
 
-class Noise(Config):
-    """What training hides of what a prior reads; what it is to foretell stays."""
+class Lesson(Config):
+    """What a prior learns and what is hidden from it meanwhile, in training as in fine-tuning."""
 
     condition_dropout: float = Field(0.1, ge=0, lt=1)  # share of conditions left out, for guidance
     bpe_dropout: float = Field(0.0, ge=0, le=1)  # share of merges left out of captions; Provilkov et al. 2020: 0.1
     pkeep: float = Field(1.0, gt=0, le=1)  # share of codes read as they are, the others at random; Esser et al. 2021
+    text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
+    depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
+    code_dropout: float = Field(0.0, ge=0, le=1)  # share of images read in part, at random; Bowman et al. 2016
+    # Of a model with random order: shares of the run between which random orders give way to raster order; RAR: 0.5
+    # and 0.75.
+    order_annealing: tuple[float, float] = (1.0, 1.0)
+    prompts: tuple[str, ...] = ()  # of the samples; by default conditions of the data
+    sampling: Sampling = Sampling()  # of the samples
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _annealing_rises(self) -> "Lesson":
+        if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
+            raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
+        return self
 
 
-class PriorRecipe(Noise):
+class PriorRecipe(Lesson):
     codes: Path  # written by tessera encode
     condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
     text_tokenizer: Path | None = None  # that a prior of text reads with
@@ -55,23 +72,15 @@ class PriorRecipe(Noise):
     prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
     trunk: Path | None = None  # begins as `prior` would, with a gpt of another image tokenizer's codes; these are new
     model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
-    text_weight: float = Field(0.125, ge=0)  # of the text loss beside the image loss; DALL·E: 1/8
-    depth_decay: float = Field(1.0, gt=0, le=1)  # weight of a residual code's loss beside that of the code it refines
-    code_dropout: float = Field(0.0, ge=0, le=1)  # share of pictures read in part, at random; Bowman et al. 2016
-    # Of a model with random order: shares of the run between which random orders give way to rows; RAR: 0.5 and 0.75.
-    order_annealing: tuple[float, float] = (1.0, 1.0)
     activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
-    prompts: tuple[str, ...] = ()  # of the sample pictures; by default conditions of the data
-    sampling: Sampling = Sampling()  # of the sample pictures
     optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig
 
     @model_validator(mode="after")
     def _consistent(self) -> "PriorRecipe":
-        foretells_text = isinstance(self.model, GPTSize) and self.condition == "text"
-        if self.text_weight and not foretells_text and "text_weight" in self.model_fields_set:
+        predicts_text = isinstance(self.model, GPTSize) and self.condition == "text"
+        if self.text_weight and not predicts_text and "text_weight" in self.model_fields_set:
             raise ValueError(
-                f"text_weight is for a gpt that foretells a text, and {self.model.type} only reads its {self.condition}"
+                f"text_weight is for a gpt that predicts a text, and {self.model.type} only reads its {self.condition}"
             )
         if isinstance(self.model, BartSize) and self.condition != "text":
             raise ValueError(f"bart reads text, and the condition is {self.condition}; use a gpt or a pixelcnn")
@@ -81,8 +90,6 @@ class PriorRecipe(Noise):
             raise ValueError("prior goes on with codes that the weights know, trunk with others; name one of the two")
         if self.prompts and self.condition != "text":
             raise ValueError(f"prompts are texts, and the condition is {self.condition}; leave them out")
-        if not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
-            raise ValueError(f"order_annealing must be two rising shares of the run, got {self.order_annealing}")
         return self
 
 
@@ -90,8 +97,8 @@ class Objective(nn.Module):
     """Prefixes and codes -> the mean loss of the text, 0 where it is only read, and of each codebook (Q,), in nats.
 
     One module, for several processes. In training only the share `pkeep` of the codes is read as it is, so that the
-    prior learns to go on from its own mistakes, and of the share `code_dropout` of the pictures some positions are not
-    read at all, so that it cannot do without the condition; what it is to foretell is always what stands there.
+    prior learns to continue from its own mistakes, and of the share `code_dropout` of the images some positions are not
+    read at all, so that it cannot do without the condition; what it predicts is always the true code.
     """
 
     def __init__(self, prior: Trainable, pkeep: float = 1.0, code_dropout: float = 0.0) -> None:
@@ -109,11 +116,10 @@ class Objective(nn.Module):
         image = image.view(-1, self.prior.num_codebooks).mean(0)
         if predictions.text is None:
             return image.new_zeros(()), image
-        # The first <pad> after a text says that it ends; the others, and empty captions, teach nothing.
-        said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
-        targets = prefix[:, 1:].masked_fill(~said, -100)
+        counted = text_targets(prefix)
+        targets = prefix[:, 1:].masked_fill(~counted, -100)
         text = F.cross_entropy(predictions.text.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-        return text / said.sum().clamp_min(1), image
+        return text / counted.sum().clamp_min(1), image
 
     def _predict(self, prefix: Tensor, codes: Tensor, order: Tensor | None, hidden: Tensor | None) -> Predictions:
         if isinstance(self.prior, GPTPrior):
@@ -121,11 +127,17 @@ class Objective(nn.Module):
         return self.prior.predict(prefix, codes)
 
 
-def noisy_prefix(run: Run, prior: Trainable, batch: CodesBatch, noise: Noise) -> Tensor:
+def text_targets(prefix: Tensor) -> Tensor:
+    """Which tokens after the first count in the text loss, (B, P) -> (B, P - 1) bool: those of the text, and the first
+    <pad> after it, which says that it ends; the others, and empty captions, teach nothing."""
+    return (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)
+
+
+def noisy_prefix(run: Run, prior: Trainable, batch: CodesBatch, lesson: Lesson) -> Tensor:
     """The prefixes of a step's pictures (B, P), of which the noise leaves some out and cuts captions anew."""
-    dropped = (torch.rand(len(batch.codes)) < noise.condition_dropout).to(run.device)
+    dropped = (torch.rand(len(batch.codes)) < lesson.condition_dropout).to(run.device)
     random = Random(f"{run.config.seed} {run.step} {run.accelerator.process_index}")
-    prefix = batch_prefix(prior, batch, noise.bpe_dropout, random)
+    prefix = batch_prefix(prior, batch, lesson.bpe_dropout, random)
     return torch.where(dropped[:, None], prior.null_prefix(1), prefix)
 
 
@@ -158,7 +170,7 @@ def raster_share(progress: float, annealing: tuple[float, float]) -> float:
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
-    """Trains the prior of a recipe, or goes on with it; returns the folder of the result."""
+    """Trains the prior of a recipe, or resumes; returns the folder of the result."""
     recipe = read_recipe(PriorRecipe, recipe_path, overrides)
     codes = Codes(recipe.codes)
     text_tokenizer = None
@@ -167,49 +179,91 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
     torch.manual_seed(recipe.run.seed)
     prior = _prior(recipe, codes, text_tokenizer)
-    if recipe.code_dropout and not isinstance(prior, GPTPrior):
-        raise InputError(f"code_dropout is for a gpt, and the prior is a {prior.config.type}; leave it out")
+    check_lesson(recipe, prior)
 
     run = Run(recipe.run, recipe, _identities(recipe, codes, text_tokenizer, prior))
-    average = run.averaged("average", prior)
-    objective = run.prepare("prior", Objective(prior, recipe.pkeep, recipe.code_dropout))
-    optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
-    depth_weights = recipe.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
-    depth_weights = depth_weights / depth_weights.sum()
     if not isinstance(prior, PixelCNNPrior):
         prior.activation_checkpointing = recipe.activation_checkpointing
-    foretells_text = isinstance(prior, GPTPrior) and prior.condition == "text"
-    text_weight = recipe.text_weight if foretells_text else 0.0
-    rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    folder = run.folder / "model"
+    objective = run.prepare("prior", Objective(prior, recipe.pkeep, recipe.code_dropout))
+    average = run.averaged("average", prior)
+    optimizers = run.optimizers("optimizer", prior, recipe.optimizer)
     if text_tokenizer is not None:
         captions = [caption for choices in codes.captions for caption in choices]
         run.say(describe(truncation(text_tokenizer, captions, prior.prefix_length), prior.prefix_length))
 
-    for batch in run.batches(CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)):
-        prefix = noisy_prefix(run, prior, batch, recipe)  # (B, P)
+    def save(folder: Path) -> None:
+        prior.save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
+
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    steps = CodesSteps(codes, recipe.run.batch_size, recipe.run.seed, rank, world)
+    fit(run, recipe, prior, objective, optimizers, average, steps, save, Samples(codes, image_tokenizer))
+    return run.folder / "model"
+
+
+class Samples(NamedTuple):
+    """What samples in training are conditioned on where there are no prompts, and decoded by."""
+
+    codes: Codes
+    image_tokenizer: Autoencoder | None  # None: no samples
+
+
+def fit(
+    run: Run,
+    lesson: Lesson,
+    prior: Trainable,
+    objective: nn.Module,
+    optimizers: Optimizers,
+    average: AveragedWeights,
+    steps: Dataset[CodesBatch],
+    save: Callable[[Path], None],
+    samples: Samples,
+) -> None:
+    """The loop of training and of fine-tuning: `objective` is the prior's, prepared; `save` exports the prior."""
+    depth_weights = lesson.depth_decay ** torch.arange(prior.num_codebooks, device=run.device)
+    depth_weights = depth_weights / depth_weights.sum()
+    predicts_text = isinstance(prior, GPTPrior) and prior.condition == "text"
+    text_weight = lesson.text_weight if predicts_text else 0.0
+    annealing = lesson.order_annealing
+
+    for batch in run.batches(steps):
+        prefix = noisy_prefix(run, prior, batch, lesson)  # (B, P)
         order = None
         if isinstance(prior, GPTPrior) and prior.config.order == "random":
-            share = raster_share(run.step / recipe.run.steps, recipe.order_annealing)
-            order = random_order(len(prefix), prior.length // prior.num_codebooks, share, run.device)
-        with run.autocast():
-            text_loss, depth_losses = objective(prefix, batch.codes.to(run.device), order)
-        image_loss = (depth_weights * depth_losses).sum()
-        loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
-        run.update(optimizers, loss)
-        average.update_parameters(prior)
-        foretold = {"text": text_loss} if foretells_text else {}
-        run.log(loss=loss, **foretold, image=depth_losses.mean(), first=depth_losses[0])
+            raster = raster_share(run.step / lesson.run.steps, annealing)
+            order = random_order(len(prefix), prior.length // prior.num_codebooks, raster, run.device)
+        tokens = text_targets(prefix).sum()
+        for part in run.parts(Step(prefix, batch.codes.to(run.device), order)):
+            with run.autocast():
+                text_loss, depth_losses = objective(*part)  # a mean over the part's tokens, and over its rows
+            if run.share < 1:
+                text_loss = text_loss * text_targets(part.prefix).sum() / tokens.clamp_min(1) / run.share
+            image_loss = (depth_weights * depth_losses).sum()
+            loss = (text_weight * text_loss + image_loss) / (text_weight + 1)
+            run.backward(loss)
+            text = {"text": text_loss} if predicts_text else {}
+            run.log(loss=loss, **text, image=depth_losses.mean(), first=depth_losses[0])
+        run.update(optimizers)
+        average.update()
 
         if run.samples_due():
-            exported = average.module
-            assert isinstance(exported, Prior)
-            with run.optional("model") as folder:
-                exported.eval().save_pretrained(folder, dtype=torch.float16, max_shard_size="15MB")
-            if image_tokenizer is not None:
-                tokenizer = image_tokenizer.to(run.device)
-                sample_pictures(run, exported, tokenizer, recipe.prompts, recipe.sampling, codes)
-    return folder
+            with average.applied(), torch.no_grad():
+                with run.optional("model") as folder:
+                    save(folder)
+                if samples.image_tokenizer is not None:
+                    tokenizer = samples.image_tokenizer.to(run.device)
+                    sample_images(run, prior, tokenizer, lesson.prompts, lesson.sampling, samples.codes)
+
+
+class Step(NamedTuple):
+    prefix: Tensor  # (B, P)
+    codes: Tensor  # (B, T)
+    order: Tensor | None  # (B, S)
+
+
+def check_lesson(lesson: Lesson, prior: Trainable) -> None:
+    """Raises InputError for what this kind of prior cannot be taught in this way."""
+    if lesson.code_dropout and not isinstance(prior, GPTPrior):
+        raise InputError(f"code_dropout is for a gpt, and the prior is a {prior.config.type}; leave it out")
 
 
 def _identities(
@@ -307,7 +361,7 @@ def find_image_tokenizer(folder: Path | None, codes: Codes, codes_folder: Path) 
     return tokenizer
 
 
-def sample_pictures(
+def sample_images(
     run: Run, prior: Prior, tokenizer: Autoencoder, prompts: tuple[str, ...], sampling: Sampling, codes: Codes
 ) -> None:
     """A picture for each of the prompts, or of some conditions of the codes; the same seeds every time."""
@@ -320,4 +374,4 @@ def sample_pictures(
         labels = [codes.meta.class_names[codes.labels[i]] for i in rows]
     drawn = sample(prior, prefix, range(len(labels)), sampling)
     images = tokenizer.decode(unflatten_codes(drawn, tokenizer.code_shape))
-    run.save_pictures("samples", images, labels)
+    run.save_images("samples", images, labels)

@@ -66,7 +66,7 @@ def test_codes_on_disk_hold_labels_and_the_codes_of_maps(world):
     assert codes.labels == [1, 0, 2, 1, 0, 2]
     maps = torch.stack([to_tensor(open_image(world / f"map{i}.png")) for i in range(6)])
     expected = tiny_autoencoder(1).encode(maps)
-    assert torch.equal(codes.segmentation.long(), expected)
+    assert torch.equal(codes.read_maps(range(len(codes))), expected)
     assert codes.meta.segmentation.tokenizer_fingerprint == tiny_autoencoder(1).fingerprint
     assert load_file(world / "codes" / "codes-00001.safetensors")["segmentation"].shape[0] == 2
     batch = codes.batch([4, 0], ["", ""])
@@ -141,11 +141,11 @@ def test_trained_evaluated_bundled_and_drawn_by_the_same_commands(world, tmp_pat
         codes = Codes(world / "codes")
         prefix = {
             "class": lambda: prior.prefix(classes=codes.labels),
-            "segmentation": lambda: prior.prefix(segmentation=codes.segmentation),
+            "segmentation": lambda: prior.prefix(segmentation=codes.read_maps(range(len(codes)))),
             "none": lambda: prior.null_prefix(6),
         }[condition]()
-        logits = prior(prefix, codes.codes.long())
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.codes.long().flatten())
+        logits = prior(prefix, codes.read(range(len(codes))))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.read(range(len(codes))).flatten())
     assert report["image"] == pytest.approx(float(loss), abs=1e-3) and report["text"] is None
 
     bundle = assemble_bundle(

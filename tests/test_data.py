@@ -8,7 +8,8 @@ from PIL import Image
 
 from stage2_prior.codes import Codes, CodesSteps
 from tessera.data.folder import Item, read_items
-from tessera.data.source import ImageFolder, Order, Steps
+from tessera.data.order import Order
+from tessera.data.source import ImageFolder, Steps
 from tessera.errors import InputError
 from tessera.images import open_image, read_origin, save_png, to_pil, to_tensor
 from tessera.metrics import perplexity, psnr
@@ -29,7 +30,7 @@ def folder(tmp_path):
 def test_imagefolder_gives_pictures_captions_and_splits(folder):
     data = ImageFolder(folder, size=8, split="train", need_captions=True)
     assert len(data) == 4 and data.items[1].captions == ("picture 1", "图 1")
-    torch.testing.assert_close(data.image(2)[0], torch.full((8, 8), 80 / 127.5 - 1))
+    torch.testing.assert_close(data.read(2)[0], torch.full((8, 8), 80 / 127.5 - 1))
     with pytest.raises(InputError, match="no split 'tset', did you mean 'test'"):
         ImageFolder(folder, 8, "tset")
 
@@ -111,12 +112,12 @@ def test_processes_draw_their_captions_apart(kind):
     if kind == "pictures":
         folder = ImageFolder.__new__(ImageFolder)
         folder.items = [Item(Path(str(i)), choices, 1.0, "") for i in range(8)]
-        folder.size, folder.image = 8, lambda index: torch.zeros(3, 8, 8)
+        folder.size, folder.read = 8, lambda index: torch.zeros(3, 8, 8)
         make = Steps
     else:
         folder = Codes.__new__(Codes)
-        folder.captions, folder.weights, folder.labels, folder.segmentation = [choices] * 8, [1.0] * 8, [], None
-        folder.codes = torch.zeros(8, 4, dtype=torch.int32)
+        folder.captions, folder.weights, folder.labels = [choices] * 8, [1.0] * 8, []
+        folder.read, folder.read_maps = lambda rows: torch.zeros(len(rows), 4), lambda rows: None
         make = CodesSteps
     drawn = {
         (seed, step, rank): make(folder, 8, seed, rank=rank, world=2)[step].captions

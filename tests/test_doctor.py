@@ -18,7 +18,8 @@ from stage1_tokenizer.evaluate import evaluate
 from stage1_tokenizer.train import TokenizerRecipe, train
 from tessera.config import read_recipe
 from tessera.errors import InputError
-from tessera.training.run import OptimizerConfig, Optimizers, Run
+from tessera.training.optimizers import OptimizerConfig, Optimizers
+from tessera.training.run import Run
 from tests.processes import run_processes
 
 PLENTY = torch.arange(16).repeat(64).view(1, 1, 32, 32)  # 64 uses of each of 16 codes
@@ -205,7 +206,7 @@ def test_exemplars_are_pixels_that_chose_the_code(world, tmp_path):
     found = exemplars(autoencoder, data)
     assert [part.training for part in autoencoder.modules()] == before
     with evaluating(autoencoder):
-        codes = autoencoder.encode(torch.stack([data.image(i) for i in range(len(data))]))
+        codes = autoencoder.encode(torch.stack([data.read(i) for i in range(len(data))]))
     assert {code for _, code in found} == set(codes.unique().tolist())
     first = int(codes[0, 0, 0, 0])
     expected = Image.open(data.items[0].path).crop((0, 0, 2, 2))

@@ -46,7 +46,7 @@ def write_rows(data: Path, order: object, **fields: object) -> None:
 def pairs(world: Path) -> dict[str, list[int]]:
     """The codes that stand beside each caption."""
     codes = Codes(world / "codes")
-    return {captions[0]: row.tolist() for captions, row in zip(codes.captions, codes.codes, strict=True)}
+    return {captions[0]: row.tolist() for captions, row in zip(codes.captions, codes.read(range(len(codes))), strict=True)}
 
 
 def expected(world: Path, numbers: object = range(PICTURES)) -> dict[str, list[int]]:
@@ -57,7 +57,7 @@ def expected(world: Path, numbers: object = range(PICTURES)) -> dict[str, list[i
     found = {}
     for i, item in enumerate(data.items):
         if item.captions[0] in {f"picture {n}" for n in numbers}:  # type: ignore[attr-defined]
-            found[item.captions[0]] = tokenizer.encode(data.image(i).unsqueeze(0)).flatten().tolist()
+            found[item.captions[0]] = tokenizer.encode(data.read(i).unsqueeze(0)).flatten().tolist()
     return found
 
 

@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_reconstructions(tiny_parts, folder, resnet, tm
     report = evaluate(tiny_parts / "image_tokenizer", folder, batch_size=5, clip=resnet, per_image=lines)
 
     tokenizer, data = Autoencoder.from_pretrained(tiny_parts / "image_tokenizer"), ImageFolder(folder, 16)
-    images = torch.stack([data.image(i) for i in range(12)])
+    images = torch.stack([data.read(i) for i in range(12)])
     decoded = tokenizer.decode(tokenizer.encode(images))
     features = CLIPFeatures(resnet, (0, 1, 2, 3))
     assert report["psnr"] == pytest.approx(float(psnr(decoded, images).mean()), abs=1e-2)

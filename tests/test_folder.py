@@ -204,7 +204,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     found = [item.path.relative_to(data).as_posix() for item in read_items(data)]
     assert found == ["a.png", "more/deep/0.png"]
     (data / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "linked"}))
-    assert ImageFolder(data, 8).image(0).shape == (3, 8, 8)
+    assert ImageFolder(data, 8).read(0).shape == (3, 8, 8)
     (data / "metadata.jsonl").write_text(json.dumps({"file_name": "../store/deep/0.png"}))
     with pytest.raises(InputError, match="leads out of the folder"):
         read_items(data)
@@ -273,8 +273,8 @@ def test_a_batch_is_never_empty(folder: Path) -> None:
     data, random = ImageFolder(folder, 8), np.random.default_rng(0)
     batch = data.batch(np.array([0]), random)
     assert batch.images.shape == (1, 3, 8, 8) and len(batch.captions) == 1 and len(batch.skipped) == 1
-    assert (batch.images[0] == data.image(1)).all()
-    assert (data.batch(np.array([2]), random).images[0] == data.image(3)).all()
+    assert (batch.images[0] == data.read(1)).all()
+    assert (data.batch(np.array([2]), random).images[0] == data.read(3)).all()
     mixed = data.batch(np.array([0, 3, 2, 1]), random)
     assert len(mixed.images) == 2 and len(mixed.skipped) == 2  # nothing takes a place where something is left
     for path in folder.glob("*.png"):

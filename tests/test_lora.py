@@ -20,7 +20,8 @@ from stage2_prior.finetune import LoraSettings, add_lora, finetune, save_lora, s
 from stage2_prior.lora import Loras, base_fingerprint, read_lora, target_layers
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
-from tessera.training.run import OptimizerConfig, Optimizers, Run
+from tessera.training.optimizers import OptimizerConfig, Optimizers
+from tessera.training.run import Run
 
 ALL = ("q", "k", "v", "out", "mlp")
 SHIPPED_BASE = "65606d684697c5c7"  # fingerprint of the shipped prior as the base of LoRAs, computed by release 0.1

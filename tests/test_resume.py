@@ -21,7 +21,8 @@ import stage2_prior.encode
 import stage2_prior.finetune
 import stage2_prior.train
 import stage2_prior.train_text
-from tessera.data.source import Steps, check_shared_memory, step_loader
+from tessera.data.loader import check_shared_memory, step_loader
+from tessera.data.source import Steps
 from tessera.errors import InputError, WriteError
 from tessera.images import written_by_tessera
 from tessera.training import run as training

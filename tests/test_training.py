@@ -22,7 +22,8 @@ import stage2_prior.train_text
 from stage2_prior import GPTConfig, GPTPrior, load_prior
 from stage2_prior.codes import CodesBatch
 from tessera.errors import InputError
-from tessera.training.run import OptimizerConfig, Optimizers, Run, RunConfig, TrainingError, schedule
+from tessera.training.optimizers import OptimizerConfig, Optimizers, schedule
+from tessera.training.run import Run, RunConfig, TrainingError
 from tests.processes import run_processes
 
 

@@ -33,7 +33,7 @@ def main() -> int:
     train, test = (ImageFolder(arguments.data, 8, split) for split in ("train", "test"))
     judge = SVC(gamma=0.001).fit(pixels(pictures(test)), labels(test))
     real = pictures(train)
-    images = torch.stack([train.image(i) for i in range(len(train))])
+    images = torch.stack([train.read(i) for i in range(len(train))])
     seen = to_pil(pipeline.image_tokenizer.decode(pipeline.image_tokenizer.encode(images)))
 
     right, shown = {}, []

@@ -136,7 +136,7 @@ def grid(reports: dict[str, dict[str, Any]], held_out: Path, scale: int = 2) -> 
     first = Autoencoder.from_pretrained(next(iter(reports.values()))["model"])
     data = ImageFolder(held_out, first.image_size)
     chosen = torch.linspace(0, len(data) - 1, SHOWN).long().tolist()
-    images = torch.stack([data.image(i) for i in chosen])
+    images = torch.stack([data.read(i) for i in chosen])
     columns = {"picture": images}
     for label, report in reports.items():
         tokenizer = Autoencoder.from_pretrained(report["model"])

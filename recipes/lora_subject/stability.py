@@ -17,7 +17,7 @@ from stage2_prior.codes import Codes, CodesSteps
 from stage2_prior.conditions import batch_prefix
 from stage2_prior.finetune import LoraSettings, add_lora
 from stage2_prior.train import Objective, Trainable
-from tessera.training.run import OptimizerConfig, Optimizers
+from tessera.training.optimizers import OptimizerConfig, Optimizers
 
 PRIOR, RUNS = Path("pipelines/bundles/emoji/prior"), Path("runs/lora_subject")
 BASE: dict[str, Any] = {"learning_rate": 2e-3, "rank": 8, "alpha": 16}
@@ -68,7 +68,7 @@ def measure(changes: dict[str, Any], steps: int) -> Measured:
 def nats(objective: Objective, codes: Codes, pictures: int) -> float:
     captions = [choices[0] for choices in codes.captions[:pictures]]
     prefix = batch_prefix(objective.prior, codes.batch(range(pictures), captions))
-    return float(objective(prefix, codes.codes[:pictures].long())[1].mean())
+    return float(objective(prefix, codes.read(range(pictures)))[1].mean())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> int:
     data = ImageFolder(arguments.data, pipeline.image_tokenizer.image_size, "test")
     chosen = np.linspace(0, len(data) - 1, min(arguments.maps, len(data))).astype(int).tolist()
     paths = [path for path in (data.items[i].segmentation for i in chosen) if path is not None]
-    images = torch.stack([data.image(i) for i in chosen])
+    images = torch.stack([data.read(i) for i in chosen])
     real, drawn = to_pil(images), pipeline([SegmentationMap(path) for path in paths], num_candidates=1).images
     through = to_pil(pipeline.image_tokenizer.decode(pipeline.image_tokenizer.encode(images)))
 

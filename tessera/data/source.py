@@ -1,31 +1,26 @@
-"""Pictures with captions as tensors, and the order in which training sees them. What a folder says: folder.py.
+"""Images with captions as tensors, read at random. What a folder says: folder.py; the order of training: order.py.
 
-The order is a pure function of (seed, step), so training resumes at any step and any number of processes sees the
-same global batches. Unreadable pictures are skipped, counted once and named; another takes the place of one only where
-a process would be left with an empty batch.
+Unreadable images are skipped, counted once and named; another takes the place of one only where a process would be left
+with an empty batch.
 """
 
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tessera.config import Config
 from tessera.data.folder import describe_left_out, read_folder
+from tessera.data.order import Order
 from tessera.errors import InputError
 from tessera.images import fit, open_image, to_tensor
 from tessera.weights.folder import fingerprint
 
 UNREADABLE_SHARE, UNREADABLE_FLOOR = 0.05, 3  # of the files of a folder that may be broken, and how many in any case
-LOADER_PATIENCE = 600  # seconds for one batch
-B = TypeVar("B")
 
 
 class DataConfig(Config):
@@ -38,6 +33,24 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
     captions: list[str]  # one of each picture's captions, drawn anew every time
     skipped: list[str]  # one sentence for each unreadable picture that should have been here
+
+
+class Source(Protocol):
+    """Random access to images with captions: what every kind of data gives to training, encoding and evaluation."""
+
+    @property
+    def items(self) -> Sequence[Any]: ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How often each item is shown, relative to the others."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when anything changes that a model could learn from; a run resumes with the same alone."""
+
+    def read(self, index: int) -> Tensor:
+        """(3, H, W) float32 in [-1, 1]. Raises InputError when the item is broken."""
 
 
 class ImageFolder:
@@ -65,7 +78,11 @@ class ImageFolder:
             parts.append(repr((name, size, item.captions, item.weight, item.label)))
         return f"{len(parts)} pictures (fingerprint {fingerprint(*parts)})"
 
-    def image(self, index: int) -> Tensor:
+    @property
+    def weights(self) -> list[float]:
+        return [item.weight for item in self.items]
+
+    def read(self, index: int) -> Tensor:
         """(3, H, W) float32 in [-1, 1]. Raises InputError when the file is broken."""
         return to_tensor(fit(open_image(self.items[index].path), self.size))
 
@@ -75,7 +92,7 @@ class ImageFolder:
         images, places, skipped = [], [], []
         for place, index in enumerate(indices):
             try:
-                images.append(self.image(int(index)))
+                images.append(self.read(int(index)))
                 places.append(place)
             except InputError as error:
                 skipped.append(str(error))
@@ -93,7 +110,7 @@ class ImageFolder:
         if not places and len(indices):
             index, more = self._next_readable(int(indices[0]))
             indices, places, skipped = np.array([index]), [0], skipped + more
-            images = self.image(index).unsqueeze(0)
+            images = self.read(index).unsqueeze(0)
         captions = []
         for place in places:
             choices = self.items[int(indices[place])].captions or ("",)
@@ -108,6 +125,14 @@ class ImageFolder:
             if places:
                 return (index + step) % len(self), skipped
         raise InputError(f"{self.folder}: none of its {len(self)} pictures can be read; the last: {skipped[-1]}")
+
+
+def open_images(config: DataConfig, size: int, *, need_captions: bool = False, validation: bool = False) -> ImageFolder:
+    """The images that a recipe's `data` names, `size` x `size`; for figures and samples those of its
+    `validation_split`, where it has one. Raises InputError for folders without images, or without captions that are
+    needed."""
+    split = (config.validation_split or config.split) if validation else config.split
+    return ImageFolder(config.folder, size, split, need_captions)
 
 
 class Unreadable:
@@ -132,102 +157,13 @@ class Unreadable:
         return new
 
 
-class Order:
-    """Which items make up the batch of a step: a pure function of (seed, step).
-
-    Every epoch is a systematic resampling of the weights (an item of k times the mean weight comes floor(k) or ceil(k)
-    times; with equal weights each comes exactly once) in random order.
-    """
-
-    def __init__(self, weights: list[float], batch_size: int, seed: int) -> None:
-        shares = np.asarray(weights, dtype=np.float64)
-        self._cumulative = np.cumsum(shares / shares.sum() * len(shares))
-        self.batch_size, self.seed = batch_size, seed
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def batch(self, step: int) -> np.ndarray:
-        """(batch_size,) int64 item numbers of `step`, counted from 0."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, offsets = np.divmod(positions, len(self._cumulative))
-        return np.array([self._permutation(int(e))[o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch[0] != epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            points = np.arange(len(self._cumulative)) + random.random()
-            items = np.searchsorted(self._cumulative, points).clip(max=len(self._cumulative) - 1)
-            self._epoch = (epoch, random.permutation(items))
-        return self._epoch[1]
-
-
 class Steps(Dataset[Batch]):
     """`steps[i]` is the batch of training step i: what a DataLoader hands to its workers."""
 
     def __init__(self, source: ImageFolder, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.source, self.seed, self.rank, self.world = source, seed, rank, world
-        self.order = Order([item.weight for item in source.items], batch_size, seed)
+        self.order = Order(source.weights, batch_size, seed)
 
     def __getitem__(self, step: int) -> Batch:
         indices = self.order.batch(step)[self.rank :: self.world]
         return self.source.batch(indices, np.random.default_rng((self.seed, step, self.rank)))
-
-
-def step_loader(steps: Dataset[B], first: int, last: int, num_workers: int = 0) -> Iterator[B]:
-    """Batches of the steps first..last-1, in order; workers prepare the coming ones meanwhile.
-
-    Raises InputError where workers cannot hand batches over, for want of shared memory or because one died.
-    """
-    if num_workers and first < last:
-        check_shared_memory(steps[first], num_workers)
-    loader: DataLoader[B] = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=num_workers,
-        generator=torch.Generator(),
-        timeout=LOADER_PATIENCE if num_workers else 0,
-    )
-    batches = iter(loader)
-    for _ in range(first, last):
-        failure = ""
-        try:
-            batch = next(batches)
-        except InputError as error:  # from a worker it comes with that worker's traceback in front
-            failure = str(error).rpartition("InputError: ")[2].strip()
-        except (RuntimeError, OSError, EOFError) as error:  # the last two of a connection to a process that is gone
-            if not num_workers or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):
-                raise
-            failure = (
-                f"a loader process died or gave no batch within {LOADER_PATIENCE} s, for want of memory or shared "
-                "memory (/dev/shm) perhaps; use fewer run.num_workers, or 0"
-            )
-        if failure:
-            del batches  # with its workers: torch raises in whatever runs later when it hears of one that died
-            raise InputError(failure)
-        yield batch
-
-
-def check_shared_memory(batch: object, num_workers: int, folder: str = "/dev/shm") -> None:
-    """Raises InputError unless shared memory has room for the batches that `num_workers` prepare at once.
-
-    torch's loader waits for ever when a worker finds none.
-    """
-    if not sys.platform.startswith("linux") or not Path(folder).is_dir():
-        return
-    fields = batch if isinstance(batch, tuple) else (batch,)
-    size = sum(field.numel() * field.element_size() for field in fields if isinstance(field, Tensor))
-    needed = size * (2 * num_workers + 1)  # a worker prepares two
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise InputError(
-            f"{folder}, the memory that loader processes share with training, cannot be written ({error.strerror}); "
-            "mount it writable or use run.num_workers=0"
-        ) from None
-    if free < needed:
-        raise InputError(
-            f"run.num_workers={num_workers} needs {needed / 2**20:,.1f} MiB of shared memory for batches, {folder} has "
-            f"{free / 2**20:,.1f} free; give more (docker run --shm-size=2g) or use run.num_workers=0"
-        )

@@ -10,14 +10,9 @@ Resuming with another is refused; what may change is listed in `MAY_CHANGE`. A d
 before it is used. A disk that is full costs that checkpoint, not the run. One process writes a run's folder at a time.
 """
 
-import itertools
 import json
-import math
-import os
-import re
 import sys
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,47 +21,33 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 import yaml
 from accelerate import Accelerator
-from pydantic import BaseModel, Field
-from pydantic_core import to_jsonable_python
+from accelerate.utils import gather_object
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tessera.config import Config
-from tessera.data.source import Unreadable, step_loader
+from tessera.data.loader import step_loader
+from tessera.data.source import Unreadable
 from tessera.errors import InputError, WriteError
-from tessera.files import parse_yaml, read_text, split_lines
+from tessera.files import split_lines
 from tessera.hardware import has_accelerator, keep_memory, multiplies_bfloat16
 from tessera.images import contact_sheet, save_png, to_pil
 from tessera.native.accelerate import accelerate
-from tessera.training.muon import Muon
+from tessera.training.checkpoint import (
+    CHECKPOINT,
+    identity_of,
+    is_checkpoint,
+    move_aside,
+    read_checkpoint,
+    refuse_changes,
+    refuse_foreign_run,
+)
+from tessera.training.optimizers import OptimizerConfig, Optimizers
 from tessera.weights.lock import FolderLock
-from tessera.weights.writing import new_file, refuse_foreign, write_text
-
-# Keys of a recipe that may differ between a checkpoint and the run that resumes from it: how long, how often, how fast
-# and where to. Paths may differ too; what they lead to is compared by its content.
-MAY_CHANGE = (
-    "run.output", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.sample_every",
-    "run.num_workers", "run.compile", "activation_checkpointing", "prompts", "sampling", "data.validation_split",
-    "loss.decoder_only_from",
-)  # fmt: skip
-TRAINED = "what is trained"  # in the identity of a run: the stage
-CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-
-
-class OptimizerConfig(Config):
-    """AdamW, or Muon (Jordan et al. 2024) for the matrices inside blocks with AdamW for all other parameters."""
-
-    type: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(3e-4, gt=0)  # of AdamW; Muon's updates are scaled to AdamW's RMS and share it
-    muon_learning_rate: float | None = Field(None, gt=0)  # another rate for Muon's matrices
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.01, ge=0)  # matrices only
-    warmup_steps: int = Field(100, ge=0)
-    final_share: float = Field(0.05, ge=0, le=1)  # the cosine ends at this share of the learning rate
-    clip_norm: float = Field(1.0, gt=0)  # gradient norm above which gradients are scaled down
+from tessera.weights.writing import new_file, write_text
 
 
 class RunConfig(Config):
@@ -83,6 +64,7 @@ class RunConfig(Config):
     log_every: int = Field(20, gt=0)
     sample_every: int = Field(500, gt=0)  # pictures and export of the weights so far
     num_workers: int = Field(0, ge=0)  # loader processes; 0 loads between the steps
+    accumulate: int = Field(1, gt=0)  # micro-batches that a batch is computed in: less memory, the same step
 
 
 class Stateful(Protocol):
@@ -122,42 +104,49 @@ class Run:
         if self.device.type == "cpu":
             keep_memory()
         self.state: dict[str, Stateful] = {}
+        self.sharded = False  # whether parameters are split over the processes
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._unreadable = Unreadable(pictures)
         self._batch: object = None  # of the step under way
+        self._share, self._losses = 1.0, list[Tensor]()  # of the micro-batch under way; of those of the step
         self._saved = -1  # the step of the newest checkpoint
         self._unwritten: dict[str, Path] = {}  # what the disk had no room for, by kind
         self.folder = config.output
-        _refuse_foreign_run(self.folder)
-        self.identity = _identity(recipe, identities or {})
+        refuse_foreign_run(self.folder)
+        self.identity = identity_of(recipe, identities or {})
         self._lock = FolderLock(self.folder) if self.is_main else None
         self._found = self._newest_checkpoint()
         if self._found is not None:
-            _refuse_changes(self._found.get("identity"), self.identity, self.folder)
+            refuse_changes(self._found.get("identity"), self.identity, self.folder)
         self._recipe = recipe
         self._writer = self._start_folder() if self.is_main else None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
-    def prepare(self, name: str, model: nn.Module, *, compile: bool = True) -> nn.Module:
-        """Moves `model` to the device, wraps it for several processes and adds it to the checkpoints under `name`."""
+    def prepare(
+        self, name: str, model: nn.Module, *, compile: bool = True, blocks: Sequence[nn.Module] = ()
+    ) -> nn.Module:
+        """Moves `model` to the device, wraps it for several processes and adds it to the checkpoints under `name`.
+
+        Where `blocks` are given, parameters are split over the processes instead of copied, block by block (FSDP2).
+        """
         model.to(self.device)
         if self.device.type == "cpu":
             accelerate(model)
         if self.config.compile and compile:
             model.compile()
         self.state[name] = model
+        if blocks:
+            shard(model, list(blocks))
+            self.sharded = True
+            return model
         prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
-    def averaged(self, name: str, model: nn.Module) -> AveragedModel:
-        """Exponential moving average of the weights of `model`; buffers are copied. Call `update_parameters` a step.
-
-        To be called before `prepare`, which changes the model's forward.
-        """
-        average = AveragedModel(model, self.device, multi_avg_fn=get_ema_multi_avg_fn(self.config.ema_decay))
-        average.requires_grad_(False)
+    def averaged(self, name: str, model: nn.Module) -> AveragedWeights:
+        """The moving average of the weights of a prepared model, added to the checkpoints under `name`."""
+        average = AveragedWeights(model, self.config.ema_decay)
         self.state[name] = average
         return average
 
@@ -191,7 +180,8 @@ class Run:
         )
         try:
             for batch in step_loader(steps, first, self.config.steps, self.config.num_workers):
-                self.note_skipped(getattr(batch, "skipped", []))
+                if hasattr(batch, "skipped"):
+                    self.note_skipped(self._of_all(batch.skipped))
                 self._seed()
                 self._batch = batch
                 yield batch
@@ -228,24 +218,58 @@ class Run:
         return (self.step + 1) % every == 0 or self.step + 1 == self.config.steps
 
     def samples_due(self) -> bool:
-        """Asked by every process at the end of a step: whether this one is to export the weights and draw samples now.
+        """Asked by every process at the end of a step: whether this one is to export the weights and sample now.
 
-        Where a checkpoint of the step is due too, it is written first, so that no sample costs it.
+        All of them are where parameters are sharded, since gathering them is collective; else the main one is. Where a
+        checkpoint of the step is due too, it is written first, so that no sample costs it.
         """
         if not self.due_after(self.config.sample_every):
             return False
         if self.due_after(self.config.checkpoint_every):
             self.save_checkpoint(self.step + 1)
-        return self.is_main
+        return self.is_main or self.sharded
 
     def autocast(self) -> torch.autocast:
         """The context for forward passes in the run's precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def update(self, optimizers: "Optimizers", loss: Tensor) -> None:
-        """One step of `optimizers` down the gradient of `loss`. Raises TrainingError when it is no longer finite."""
-        self.accelerator.backward(loss)
+    def parts(self, batch: B) -> Iterator[B]:
+        """The micro-batches of a batch, a NamedTuple of tensors and lists with one row an item (gradient accumulation).
+
+        The mean of a loss over the parts, weighted by `share`, is that over the batch.
+        """
+        fields: Any = batch
+        rows = len(next(value for value in fields if isinstance(value, Tensor | list) and len(value)))
+        count = min(self.config.accumulate, rows)
+        if count == 1:
+            self._share = 1.0
+            yield batch
+            return
+        edges = [rows * i // count for i in range(count + 1)]
+        for first, last in zip(edges, edges[1:], strict=False):
+            self._share = (last - first) / rows
+            cut = (
+                value[first:last] if isinstance(value, Tensor | list) and len(value) == rows else value
+                for value in fields
+            )
+            yield type(fields)(*cut)
+
+    @property
+    def share(self) -> float:
+        """The rows of the micro-batch under way over those of its batch."""
+        return self._share
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's mean loss, times its share of the batch."""
+        self._losses.append(loss.detach() * self._share)
+        self.accelerator.backward(loss if self._share == 1 else loss * self._share)
+
+    def update(self, optimizers: "Optimizers") -> None:
+        """One step of `optimizers` down the gradient that was added up. Raises TrainingError when it, or the loss, is
+        no longer finite."""
+        loss, self._losses = torch.stack(self._losses).sum(), []
         norm = nn.utils.clip_grad_norm_(optimizers.parameters, optimizers.config.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
             self._stop_not_finite(loss, norm)
         optimizers.step(self.step)
@@ -261,7 +285,7 @@ class Run:
         """Writes figures of this step at once (evaluations)."""
         self._write_scalars({name: float(value) for name, value in scalars.items()})
 
-    def save_pictures(self, name: str, images: Tensor, labels: list[str], columns: int = 8) -> None:
+    def save_images(self, name: str, images: Tensor, labels: list[str], columns: int = 8) -> None:
         """(B, 3, H, W) in [-1, 1] as a contact sheet in the run's `samples/` and in TensorBoard."""
         if not self.is_main:
             return
@@ -285,13 +309,21 @@ class Run:
             self.say(f"{str(error).partition(';')[0]}; training continues")
 
     def note_skipped(self, sentences: Sequence[str]) -> None:
-        """Names pictures that could not be read, each once. Raises InputError when they are too many."""
+        """Names images that could not be read, each once. Raises InputError when they are too many, on every process at
+        the same step if all were told of the same."""
         for sentence in self._unreadable.add(sentences):
-            self.say(f"skipped: {sentence}", everywhere=True)
+            self.say(f"skipped: {sentence}")
 
-    def say(self, message: str, everywhere: bool = False) -> None:
-        """One line on standard error: of the main process, or with `everywhere` of every one that has it to say."""
-        if self.is_main or everywhere:
+    def _of_all(self, sentences: list[str]) -> list[str]:
+        """What any process skipped in this step, the same list on all of them."""
+        if self.accelerator.num_processes == 1:
+            return sentences
+        count = self.accelerator.reduce(torch.tensor(len(sentences), device=self.device))  # cheap: mostly there is none
+        return gather_object(sentences) if int(count) else []
+
+    def say(self, message: str) -> None:
+        """One line on standard error, of the main process."""
+        if self.is_main:
             tqdm.write(message, file=sys.stderr)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -299,15 +331,16 @@ class Run:
     def save_checkpoint(self, step: int | None = None) -> None:
         """Writes all state of the run after `step` steps, whole or not at all, and removes the oldest checkpoints."""
         self._saved = self.step if step is None else step
+        content: dict[str, Any] = {"step": self._saved, "identity": self.identity}
+        if self.is_main or self.sharded:  # gathering is collective
+            content |= {name: gathered(part.state_dict()) for name, part in self.state.items()}
         if self.is_main:
-            content = {"step": self._saved, "identity": self.identity}
-            content |= {name: part.state_dict() for name, part in self.state.items()}
             with self.optional(f"checkpoints/step-{self._saved:07d}.pt") as path:
-                _move_aside(path, self._saved)
+                move_aside(path, self._saved)
                 with new_file(path) as part:
                     torch.save(content, part)
                 for step, old in self._checkpoints()[: -self.config.keep_checkpoints]:
-                    if _is_checkpoint(old, step):
+                    if is_checkpoint(old, step):
                         old.unlink()
         self.accelerator.wait_for_everyone()
 
@@ -322,7 +355,7 @@ class Run:
         only damaged ones."""
         checkpoints = self._checkpoints()
         for _, path in reversed(checkpoints):
-            content = _read_checkpoint(path)
+            content = read_checkpoint(path)
             if isinstance(content, str):
                 self.say(f"{path} is damaged ({content}); the checkpoint before it is used")
                 continue
@@ -340,7 +373,10 @@ class Run:
             return self._forget_later_figures()
         try:
             for name, part in self.state.items():
-                part.load_state_dict(content[name])
+                if isinstance(part, nn.Module):
+                    load_model(part, content[name])
+                else:
+                    part.load_state_dict(content[name])
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{content['path']} does not fit the recipe ({' '.join(str(error).split())[:200]}); "
@@ -436,167 +472,3 @@ class Run:
         except OSError as error:  # that the loss is not finite is the news, even where the disk is full
             self.say(f"the batch could not be written to {path}: {error}")
         return path, [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-
-
-def _identity(recipe: Config, identities: Mapping[str, str]) -> dict[str, str]:
-    """What goes into a run, by the keys of its recipe: values as JSON, and for paths what they lead to."""
-    found = {TRAINED: type(recipe).__name__.removesuffix("Recipe").lower()}
-
-    def walk(prefix: str, config: BaseModel) -> None:
-        for name in type(config).model_fields:
-            key, value = f"{prefix}{name}", getattr(config, name)
-            if key in MAY_CHANGE or isinstance(value, Path):
-                continue
-            if isinstance(value, BaseModel):
-                walk(f"{key}.", value)
-            else:
-                found[key] = json.dumps(to_jsonable_python(value), ensure_ascii=False, sort_keys=True)
-
-    walk("", recipe)
-    return found | dict(identities)
-
-
-def _refuse_foreign_run(folder: Path) -> None:
-    """Raises InputError when `folder` holds files with the names of a run's that no run wrote."""
-    refuse_foreign(folder / "model")
-    recipe = folder / "recipe.yaml"
-    if not recipe.is_file() or not (folder / "checkpoints").is_dir():
-        there = [name for name in ("recipe.yaml", "metrics.jsonl", "doctor.html") if (folder / name).exists()]
-        if there:
-            raise InputError(f"{folder / there[0]} is in the way: no run wrote it; choose another run.output")
-        return
-    content = parse_yaml(read_text(recipe), str(recipe))
-    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
-        raise InputError(f"{recipe} is in the way: no run wrote it; choose another run.output")
-
-
-def _refuse_changes(before: Any, now: dict[str, str], folder: Path) -> None:
-    """Raises InputError for the first thing that a checkpoint was made from otherwise. Those of earlier releases do not
-    say; keys that either side does not know are not compared, so that a release may have more of them."""
-    if not isinstance(before, dict):
-        return
-    for key in sorted(before.keys() & now.keys(), key=lambda key: (key != TRAINED, key)):
-        if before[key] != now[key]:
-            raise InputError(
-                f"{key} has changed: it was {_short(before[key])} when the checkpoints in {folder} were written and is "
-                f"{_short(now[key])} now; restore it, or give run.output another folder"
-            )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _is_checkpoint(path: Path, step: int) -> bool:
-    """Whether the file is a run's after that step, by its content; tensors are not read."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # unpickling fails in many ways
-        return False
-    return isinstance(content, dict) and content.get("step") == step
-
-
-def _move_aside(path: Path, step: int) -> None:
-    """Gives a file that has a checkpoint's name and is none, damaged or somebody else's, another name."""
-    if os.path.lexists(path) and not _is_checkpoint(path, step):
-        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
-        path.rename(next(name for name in names if not os.path.lexists(name)))
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any] | str:
-    """The content of a checkpoint, or in a clause what is wrong with the file."""
-    try:
-        if path.stat().st_size == 0:
-            return "it is empty"
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch itself does not look at the checksums
-        if damaged is not None:
-            return f"its part {damaged} is not what was written"
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except zipfile.BadZipFile:
-        return "it is cut off or overwritten"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except Exception:  # unpickling fails in many ways, and torch's advice is not for these files
-        return "it is not a checkpoint of a run"
-    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
-        return "it is not a checkpoint of a run"
-    return content
-
-
-class Optimizers:
-    """The optimizer(s) of one model with warm-up, cosine schedule and weight decay on matrices only.
-
-    `rates` gives parameters with a name part, such as "lora_B", another multiple of AdamW's learning rate.
-    """
-
-    def __init__(
-        self, model: nn.Module, config: OptimizerConfig, steps: int, rates: Mapping[str, float] | None = None
-    ) -> None:
-        self.config, self.steps = config, steps
-        self.share = 1.0  # of the scheduled learning rates; a stage that finds them too high sets it
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        muon = {id(p) for p in _block_matrices(model)} if config.type == "muon" else set()
-        groups: list[dict[str, Any]] = []
-        for rate, named in _by_rate(model, rates or {}).items():
-            decayed = [p for p in named if p.ndim >= 2 and id(p) not in muon]
-            plain = [p for p in named if p.ndim < 2]
-            groups.append({"params": decayed, "weight_decay": config.weight_decay, "rate": rate})
-            groups.append({"params": plain, "weight_decay": 0.0, "rate": rate})
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
-        ]
-        self._rates = [config.learning_rate]
-        if muon:
-            matrices = [p for p in self.parameters if id(p) in muon]
-            rate = config.muon_learning_rate or config.learning_rate
-            self._optimizers.append(
-                Muon(
-                    matrices,
-                    lr=rate,
-                    weight_decay=config.weight_decay,
-                    dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32,
-                )
-            )
-            self._rates.append(rate)
-
-    def step(self, step: int) -> None:
-        """One update at the learning rate of `step`, then gradients are cleared."""
-        factor = self.share * schedule(step, self.config.warmup_steps, self.steps, self.config.final_share)
-        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("rate", 1.0) * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[Any]:
-        return [optimizer.state_dict() for optimizer in self._optimizers]
-
-    def load_state_dict(self, state: list[Any]) -> None:
-        for optimizer, part in zip(self._optimizers, state, strict=True):
-            optimizer.load_state_dict(part)
-
-
-def schedule(step: int, warmup_steps: int, steps: int, final_share: float) -> float:
-    """Share of the learning rate at `step`: linear warm-up, then a cosine from 1 down to `final_share`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _by_rate(model: nn.Module, rates: Mapping[str, float]) -> dict[float, list[nn.Parameter]]:
-    """The trained parameters for each multiple of the learning rate, those without a rate of their own first."""
-    found: dict[float, list[nn.Parameter]] = {1.0: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = next((rate for part, rate in rates.items() if part in name.split(".")), 1.0)
-            found.setdefault(rate, []).append(parameter)
-    return found
-
-
-def _block_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights of Linear layers inside a `blocks` list: Muon is for hidden matrices, not embeddings and heads."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "blocks" in name.split("."):
-            yield module.get_parameter("weight")

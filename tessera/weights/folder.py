@@ -36,12 +36,16 @@ def save_pretrained(
     """Writes `config.json` and `model.safetensors` into `folder`, whole or not at all (`writing.replacing`).
 
     `texts` are further files by their names. `dtype` casts floating point tensors on the way to disk (torch.float16
-    halves the file). Raises InputError when a weight is not finite, in that type, or a file in the way is not ours.
+    halves the file). Where the parameters are split over several processes all of them call this, and the first one
+    writes. Raises InputError when a weight is not finite, in that type, or a file in the way is not ours.
     """
-    state = {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
+    state, split = model.state_dict(), False
+    for name, tensor in state.items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor; gathering it is collective
+            tensor, split = tensor.full_tensor(), True
+        state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    if split and torch.distributed.get_rank() != 0:
+        return
     refuse_not_finite(state, f"the model for {folder}")
     with replacing(folder) as part:
         save_torch_state_dict(state, part, max_shard_size=max_shard_size)
