@@ -24,6 +24,7 @@ from stage1_tokenizer.patches import PatchEncoder
 from stage1_tokenizer.tiling import decode_tiles, encode_tiles
 from tessera.config import Config, Origin, read_config
 from tessera.errors import InputError
+from tessera.native import accelerate
 from tessera.weights.building import built_from
 from tessera.weights.folder import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 
@@ -93,6 +94,7 @@ class Autoencoder(nn.Module):
         with built_from(folder), Unfilled():
             model = cls(config)
         load_weights(model, folder)
+        accelerate(model.decoder)  # not the encoder: other rounding could change a code
         return model
 
     def save_pretrained(
@@ -102,7 +104,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> Autoencoded:
         """(B, 3, H, W) in [-1, 1] -> reconstructions, codes, bottleneck loss."""
-        z = self.encoder(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
+        z = self.encoder(images)  # (B, D, h, w)
         with torch.autocast(z.device.type, enabled=False):  # distances and running means want float32
             bottlenecked = self.bottleneck(z.float())
         output = self.decoder(bottlenecked.latents)
@@ -152,7 +154,6 @@ class Autoencoder(nn.Module):
                 f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, "
                 f"got {tuple(images.shape)}"
             )
-        images = images.contiguous(memory_format=torch.channels_last)
         z = self.encoder(images) if tile is None else encode_tiles(self.encoder, images, tile)
         return self.bottleneck(z.float())
 
