@@ -1,4 +1,4 @@
-# make demo    pictures of PROMPT, drawn by the shipped bundle, in out/
+# make demo    generates images of PROMPT with the shipped bundle, in out/
 # make test    the whole test suite
 # make lint    ruff and mypy
 # make check   test and lint

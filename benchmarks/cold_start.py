@@ -54,10 +54,10 @@ def run_command(candidates: int, report: Path) -> None:
     parts = {"imports": [time.process_time(), time.perf_counter() - start]}
 
     def timed(owner: Any, function: str, name: str) -> None:
-        parts[name] = [0.0, 0.0]
-        setattr(owner, function, _timed(getattr(owner, function), parts[name]))
+        setattr(owner, function, _timed(getattr(owner, function), parts.setdefault(name, [0.0, 0.0])))
 
     timed(text_to_image, "load_bundle", "loading")
+    timed(text_to_image, "make_engine", "drawing")
     timed(text_to_image, "sample_scored", "drawing")
     timed(text_to_image.TextToImagePipeline, "_decode", "decoding")
     timed(ClipReranker, "score", "ranking")

@@ -22,8 +22,8 @@ from pipelines.evaluate import choose
 from pipelines.judge import Judge, read_requests
 from pipelines.text_to_image import fill
 from stage2_prior import unflatten_codes
-from stage2_prior.sampling import Drawing, plan_pruning
-from stage2_prior.sampling.prune import NULL_WEIGHT, most_promising
+from stage2_prior.sampling import Sampler, plan_pruning
+from stage2_prior.sampling.prune import NULL_WEIGHT, best_of
 
 BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 SHUFFLES = 20  # random orders that are averaged
@@ -62,20 +62,19 @@ def main() -> None:
     }
     drawn = []
     for index in choose(requests, arguments.limit):
-        drawing = Drawing(
-            pipeline.prior, pipeline.prefixes([requests[index].prompt]), seeds, pipeline.sampling, scored=True
-        )
-        drawing.advance(pipeline.prior.length)
+        prefix = pipeline.prefixes([requests[index].prompt])
+        sampler = Sampler(pipeline.prior, prefix, seeds, pipeline.sampling, engine=pipeline.engine, scored=True)
+        sampler.advance(pipeline.prior.length)
         filled = {
             position: look(
-                pipeline, requests[index].prompt, fill(drawing.codes[:, :position], pipeline.prior.code_shape)
+                pipeline, requests[index].prompt, fill(sampler.codes[:, :position], pipeline.prior.code_shape)
             )[1]
             for position in (positions if arguments.clip else ())
         }
-        images, scores = look(pipeline, requests[index].prompt, drawing.codes)
-        scores = scores + pipeline.likelihood_weight * drawing.log_probs.sum(-1)
+        images, scores = look(pipeline, requests[index].prompt, sampler.codes)
+        scores = scores + pipeline.likelihood_weight * sampler.log_probs.sum(-1)
         exact = torch.tensor([verdict.exact for verdict in judge(images, requests[index])])
-        drawn.append(Prompt(requests[index].split, exact, scores, drawing.log_probs, drawing.null_log_probs, filled))
+        drawn.append(Prompt(requests[index].split, exact, scores, sampler.log_probs, sampler.null_log_probs, filled))
         print(f"{len(drawn)} prompts, {time.perf_counter() - start:.0f} s", end="\r", flush=True)
 
     figures = curve(drawn, arguments.candidates, pipeline.prior.length, arguments.clip)
@@ -119,17 +118,17 @@ def rate(prompt: Prompt, way: str, position: int, survivors: int, number: int) -
     null = prompt.null_log_probs[:, :position].sum(-1)
     match way:
         case "gain":
-            promises = (likelihood - NULL_WEIGHT * null)[None]
+            scores = (likelihood - NULL_WEIGHT * null)[None]
         case "clip":
-            promises = prompt.filled[position][None]
+            scores = prompt.filled[position][None]
         case "likelihood":
-            promises = likelihood[None]
+            scores = likelihood[None]
         case "plain gain":
-            promises = (likelihood - null)[None]
+            scores = (likelihood - null)[None]
         case _:
             generator = torch.Generator().manual_seed(number)
-            promises = torch.rand(SHUFFLES, len(likelihood), generator=generator)
-    left = most_promising(promises, survivors)  # (1 or SHUFFLES, survivors)
+            scores = torch.rand(SHUFFLES, len(likelihood), generator=generator)
+    left = best_of(scores, survivors)  # (1 or SHUFFLES, survivors)
     best = left.gather(-1, prompt.scores[left].argmax(-1, keepdim=True))
     return float(prompt.exact[best].float().mean())
 

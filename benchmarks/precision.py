@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines import TextToImagePipeline
-from stage2_prior.base import Prior
-from stage2_prior.sampling import sample, set_precision
-from stage2_prior.sampling.engine import engine_for
+from stage2_prior.sampling import Engine, make_engine, sample
 from stage2_prior.sampling.kernels import KINDS
 
 PROMPTS = (
@@ -39,15 +37,14 @@ def main() -> None:
     prior, seeds = pipeline.prior, range(arguments.images)
 
     figures = {precision: dict.fromkeys(FIGURES, 0.0) for precision in KINDS}
+    engines = {precision: make_engine(prior, precision) for precision in (None, *KINDS)}
     for prompt in arguments.prompts:
         prefix = pipeline.prefixes([prompt])
-        set_precision(prior, None)
-        codes = sample(prior, prefix, seeds, pipeline.sampling)
-        wanted = log_probabilities(prior, prefix, codes)
+        codes = sample(prior, prefix, seeds, pipeline.sampling, engine=engines[None])
+        wanted = log_probabilities(engines[None], prefix, codes)
         for precision, own in figures.items():
-            set_precision(prior, precision)
-            found, drawn = log_probabilities(prior, prefix, codes), sample(prior, prefix, seeds, pipeline.sampling)
-            same = drawn == codes
+            found = log_probabilities(engines[precision], prefix, codes)
+            same = sample(prior, prefix, seeds, pipeline.sampling, engine=engines[precision]) == codes
             values = (
                 (wanted.exp() * (wanted - found)).sum(-1).mean(),
                 (wanted.argmax(-1) == found.argmax(-1)).double().mean(),
@@ -70,9 +67,8 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def log_probabilities(prior: Prior, prefix: Tensor, codes: Tensor) -> Tensor:
+def log_probabilities(engine: Engine, prefix: Tensor, codes: Tensor) -> Tensor:
     """(N, T, K) of what the engine expects before each of the codes (N, T)."""
-    engine = engine_for(prior)
     logits, cache = engine.prefill(prefix, codes.shape[1] - 1)
     cache = cache.repeat(torch.zeros(len(codes), dtype=torch.long))
     steps = [logits.expand(len(codes), -1)]

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from stage2_prior import GPTConfig, GPTPrior
-from stage2_prior.fused import product
 from stage2_prior.train import Objective
 from tessera.hardware import keep_memory, multiplies_bfloat16
+from tessera.native import accelerate_training
+from tessera.native.linear import product
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def ours(size: Size, device: str, **options: Any) -> Contender:
         text_length=size.text, dim=size.dim, depth=size.depth, num_heads=size.num_heads, **options,
     )  # fmt: skip
     prior = GPTPrior(config).to(device)
+    accelerate_training(prior)  # as `tessera train` does
     objective = Objective(prior)
     prefix = torch.randint(3, size.vocabulary, (size.batch, size.text), device=device)
     codes = torch.randint(0, size.vocabulary, (size.batch, size.side**2), device=device)
@@ -72,7 +74,7 @@ def ours(size: Size, device: str, **options: Any) -> Contender:
         text, image = objective(prefix, codes)
         return (text / 8 + image.mean()) / (1 + 1 / 8)
 
-    return Contender(objective, loss, matrices(prior.blocks) + size.vocabulary * size.dim)
+    return Contender(objective, loss, matrices(prior.decoder) + size.vocabulary * size.dim)
 
 
 def modern(size: Size, device: str) -> Contender:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from stage2_prior.sampling.engine import FP8_CAPABILITY
+from stage2_prior.sampling.selection import FP8_CAPABILITY
 from tessera.hardware import cpu_multiplies_bfloat16
 
 Run = Callable[[int], object]  # draws so many images
@@ -128,7 +128,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def ours(arguments: argparse.Namespace, folder: Path) -> Run:
     from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
-    from stage2_prior.sampling import engine, set_precision
+    from stage2_prior.sampling import PlainEngine, make_engine
 
     positions = arguments.codes // arguments.codebooks
     width = next(width for width in (16, 8, 4, 2, 1) if positions % width == 0)
@@ -140,19 +140,16 @@ def ours(arguments: argparse.Namespace, folder: Path) -> Run:
     prior = GPTPrior(config).eval().to(arguments.device)
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    precision = arguments.worker.split()[-1]
-    if "plain" in arguments.worker:
-        engine.accelerated = lambda prior: None
-    elif arguments.device == "cpu":
-        set_precision(prior, precision)
+    precision: Any = arguments.worker.split()[-1]
     if arguments.device != "cpu":
         prior = prior.to(torch.bfloat16)
-        if precision in ("int8", "fp8"):
-            set_precision(prior, precision)
-    if "plain" not in arguments.worker and engine.accelerated(prior) is None:
+        precision = precision if precision in ("int8", "fp8") else None
+    plain = "plain" in arguments.worker
+    engine = PlainEngine(prior) if plain else make_engine(prior, precision)
+    if isinstance(engine, PlainEngine) and not plain:
         raise SystemExit("there is no engine here; see the line above")
     sampling, prefix = Sampling(guidance_scale=arguments.guidance), prior.null_prefix(1)
-    return lambda rows: sample(prior, prefix, range(rows), sampling)
+    return lambda rows: sample(prior, prefix, range(rows), sampling, engine=engine)
 
 
 def gpt2(arguments: argparse.Namespace) -> Any:

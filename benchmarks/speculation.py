@@ -12,7 +12,7 @@ import time
 import torch
 
 from pipelines import TextToImagePipeline
-from stage2_prior.sampling import Sampling, sample, sample_speculatively, set_precision
+from stage2_prior.sampling import Engine, Sampling, make_engine, sample, sample_speculatively
 
 PROMPTS = ("red heart", "woman astronaut with medium-dark skin tone", "a guitar above a rocket", "红心")
 
@@ -31,15 +31,15 @@ def main() -> None:
 
     print(f"{'':18} {'one by one':>14}" + "".join(f"{f'window {window}':>14}" for window in arguments.windows))
     for precision in (None, "int8"):
-        set_precision(pipeline.prior, precision)
+        engine = make_engine(pipeline.prior, precision)
         for name, sampling in {"": plain, ", greedy": greedy, ", guided": own}.items():
-            cells = compare(pipeline, sampling, arguments)
+            cells = compare(pipeline, engine, sampling, arguments)
             label = f"{precision or 'float32'}{name}"
             print(f"{label:18}" + "".join(f"{f'{steps:.0f}, {1e3 * seconds:.0f} ms':>14}" for steps, seconds in cells))
 
 
 def compare(
-    pipeline: TextToImagePipeline, sampling: Sampling, arguments: argparse.Namespace
+    pipeline: TextToImagePipeline, engine: Engine, sampling: Sampling, arguments: argparse.Namespace
 ) -> list[tuple[float, float]]:
     """Steps and median seconds an image, one by one and for each window."""
     windows: list[int | None] = [None, *arguments.windows]
@@ -52,10 +52,10 @@ def compare(
             for window in windows:
                 start = time.perf_counter()
                 if window is None:
-                    wanted = codes = sample(pipeline.prior, prefix, seeds, sampling)
+                    wanted = codes = sample(pipeline.prior, prefix, seeds, sampling, engine=engine)
                     taken = float(pipeline.prior.length // pipeline.prior.num_codebooks)
                 else:
-                    codes, counts = sample_speculatively(pipeline.prior, prefix, seeds, sampling, window)
+                    codes, counts = sample_speculatively(pipeline.prior, prefix, seeds, sampling, window, engine=engine)
                     taken = float(counts.double().mean())
                 if not torch.equal(codes, wanted):
                     raise SystemExit(f"window {window} drew another image of {prompt!r}: a mistake in the engine")

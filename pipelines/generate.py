@@ -27,7 +27,6 @@ from pipelines.bundle import bundle_fingerprint, draws_pictures_of, shipped_bund
 from pipelines.conditions import SegmentationMap
 from pipelines.text_to_image import Generated, TextToImagePipeline
 from stage2_prior import Sampling
-from stage2_prior.sampling import set_precision
 from stage2_prior.sampling.settings import Precision
 from tessera.config import Config, validate
 from tessera.errors import InputError
@@ -124,7 +123,7 @@ def generate(
     `drawing` are what a call of the pipeline takes: temperature, top_k, top_p, min_p, guidance_scale,
     guidance_schedule, plausibility and likelihood_weight, by default the bundle's; negative_prompt, candidate_budget
     and prune_by. `top_of` is a picture of which the upper `top_rows` of codes (half) stay; of the picture `image` all
-    stays but what is white in `mask`. `precision` is what the prior's weights are kept in (`set_precision`). `loras`
+    stays but what is white in `mask`. `precision` is what the prior's weights are kept in (`make_engine`). `loras`
     are folders with their weights.
     All prompts use the same seeds. `sheet` adds a contact sheet of all finished candidates with their scores.
     Everything is checked before the first picture is drawn, and a file is written whole or not at all. Raises
@@ -141,7 +140,7 @@ def generate(
     pipeline = TextToImagePipeline.from_pretrained(model, device=device, rerank=rerank)
     for lora, weight in loras:
         pipeline.load_lora_weights(lora, weight)
-    set_precision(pipeline.prior, precision)
+    pipeline.precision = precision
     first_codes = None if opened is None else pipeline.codes_of_top(opened, top_rows)
     known_codes = None if masked is None else pipeline.codes_outside(*masked)
     origin = Origin(
@@ -220,7 +219,7 @@ def replay(
     if (_origins(pipeline) or ()) != (origin.loras or ()):
         wanted = " ".join(f"--lora FOLDER:{one.weight:g} ({one.name}, {one.fingerprint})" for one in origin.loras or ())
         raise InputError(f"{picture} was drawn with {wanted or 'no LoRA'}; give exactly that")
-    set_precision(pipeline.prior, origin.precision)
+    pipeline.precision = origin.precision
     with _output_folder(expand(output)) as folder:
         image = pipeline(
             origin.prompt if segmentation is None else SegmentationMap(segmentation),

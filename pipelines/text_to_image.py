@@ -33,8 +33,11 @@ from stage2_prior import Sampling, flatten_codes
 from stage2_prior.base import Prior, PromptTooLong
 from stage2_prior.infill import GapsPrior
 from stage2_prior.lora import Loras
-from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Promise, codes_drawn, plan_pruning, sample_pruned
+from stage2_prior.sampling.engine import Engine
+from stage2_prior.sampling.prune import NEEDS_GUIDANCE, Plan, Scorer, count_codes, plan_pruning, sample_pruned
 from stage2_prior.sampling.sample import check_first_codes, sample_scored
+from stage2_prior.sampling.selection import check_precision, make_engine
+from stage2_prior.sampling.settings import Precision
 from tessera.config import validate
 from tessera.errors import InputError, InputWarning
 from tessera.images import fit, to_pil, to_tensor, white_cells
@@ -127,6 +130,30 @@ class TextToImagePipeline:
         self.sampling, self.fingerprint = sampling or Sampling(), fingerprint
         self.segmentation_tokenizer, self.likelihood_weight = segmentation_tokenizer, likelihood_weight
         self.loras = Loras(prior)
+        self._precision: Precision | None = None
+        self._engine: Engine | None = None
+
+    @property
+    def precision(self) -> Precision | None:
+        """What the engine keeps the prior's weights in, None the prior's own; see `make_engine`, also for errors."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        check_precision(self.prior, precision)
+        self._precision, self._engine = precision, None
+
+    @property
+    def engine(self) -> Engine:
+        """What the prior's codes are computed by, made on first use. Tell it (`refresh`) when you change weights."""
+        if self._engine is None or self._engine.prior is not self.prior:
+            self._engine = make_engine(self.prior, self._precision)
+        return self._engine
+
+    def _refresh(self) -> None:
+        """The prior's weights have changed."""
+        if self._engine is not None:
+            self._engine.refresh()
 
     @classmethod
     def from_pretrained(
@@ -166,11 +193,15 @@ class TextToImagePipeline:
 
         Raises InputError when it cannot be read, or was trained on another prior.
         """
-        self.loras.add(folder, weight)
+        try:
+            self.loras.add(folder, weight)
+        finally:
+            self._refresh()
 
     def unload_lora_weights(self) -> None:
         """Draws without LoRAs again, bit by bit as before; those that were fused stay."""
         self.loras.remove()
+        self._refresh()
 
     def fuse_lora(self) -> None:
         """Makes the LoRAs part of the prior for good, so that it can be saved, or be the base of another."""
@@ -441,7 +472,7 @@ class TextToImagePipeline:
         candidates, there = len(job.seeds), len(job.first_codes)
         each = candidates * (length - there)
         if job.plan is not None:
-            each = codes_drawn(job.plan, candidates, length, there, job.rows)
+            each = count_codes(job.plan, candidates, length, there, job.rows)
         total = len(prompts) * each
 
         def report(codes: int) -> None:
@@ -450,13 +481,14 @@ class TextToImagePipeline:
             if progress is not None:
                 progress(done, total)
 
-        given = {"null": job.null, "first_codes": job.first_codes}
+        engine = self.engine if job.prior is self.prior else make_engine(job.prior)
+        given: dict[str, Any] = {"null": job.null, "first_codes": job.first_codes, "engine": engine}
         for first, last, seeds in batches(len(prompts), job.seeds, job.rows, whole=job.plan is not None):
             texts, prefix, every = prompts[first:last], prefixes[first:last], list(seeds) * (last - first)
             if job.plan is not None:
-                promise = None if job.judge is None else self._promise(texts, job.prior, job.judge)
+                scorer = None if job.judge is None else self._scorer(texts, job.prior, job.judge)
                 chosen, sampled = sample_pruned(
-                    job.prior, prefix, every, job.plan, job.sampling, report, job.rows, promise=promise, **given
+                    job.prior, prefix, every, job.plan, job.sampling, report, job.rows, scorer=scorer, **given
                 )
                 own_seeds = [[seeds[i] for i in row] for row in chosen.tolist()]
             else:
@@ -492,14 +524,14 @@ class TextToImagePipeline:
         pixels = to_tensor(fit(image.convert("RGB"), self.image_tokenizer.image_size))
         return self.image_tokenizer.encode(pixels[None].to(self._device))
 
-    def _promise(self, prompts: Sequence[str], prior: Prior, reranker: Reranker) -> Promise:
+    def _scorer(self, prompts: Sequence[str], prior: Prior, reranker: Reranker) -> Scorer:
         """What early pruning compares candidates by: the score of the picture, the missing codes filled in."""
 
-        def promise(number: int, codes: Tensor) -> Tensor:
+        def score(number: int, codes: Tensor) -> Tensor:
             filled = prior.grid(fill(codes, prior.code_shape))
             return reranker.score(prompts[number], self._decode(filled), filled)
 
-        return promise
+        return score
 
     # Settings of a call ----------------------------------------------------------------------------------------------
 

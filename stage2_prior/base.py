@@ -6,6 +6,7 @@ a prior that reads another model's features, those (B, P, ...). A condition is a
 segmentation map; a prior reads the kind that it was trained on, and refuses others.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from stage2_prior.upgrade import upgrade
 from tessera.config import Config, Origin
 from tessera.errors import InputError
 from tessera.text import FILE, TextTokenizer
@@ -73,13 +75,20 @@ class Predictions(NamedTuple):
 class Prior(nn.Module, ABC):
     config: PriorConfig
     condition: Condition = "text"  # what it was trained to draw from
-    knows_no_condition: bool = True  # it was trained without its condition too, as guidance needs
+    supports_guidance: bool = True  # it was trained with condition dropout, so that guidance has a null to steer from
     text_tokenizer: TextTokenizer | None
     code_shape: tuple[int, int, int]  # Q, h, w
     num_codebooks: int  # Q
     length: int  # T
     codebook_size: int  # K
     prefix_length: int  # P
+
+    def __init__(self, config: PriorConfig, text_tokenizer: TextTokenizer | None = None) -> None:
+        super().__init__()
+        self.config, self.text_tokenizer = config, text_tokenizer
+        self.code_shape, self.length = config.code_shape, math.prod(config.code_shape)
+        self.num_codebooks, self.codebook_size = config.code_shape[0], config.codebook_size
+        self.register_load_state_dict_pre_hook(upgrade)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
@@ -144,7 +153,7 @@ class Prior(nn.Module, ABC):
 
         Raises InputError for a prior that was never trained without its condition.
         """
-        if not self.knows_no_condition:
+        if not self.supports_guidance:
             raise InputError(
                 f"this prior was never trained without its {self.condition}, so there is nothing to guide away from; "
                 "use a guidance_scale of 1"
@@ -165,7 +174,7 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
-        """The codes (N,) just drawn -> logits of the next ones (N, K); the cache grows by one position."""
+        """The codes (N,) just sampled -> logits of the next ones (N, K); the cache grows by one position."""
 
     def grid(self, sequence: Tensor) -> Tensor:
         """What was drawn (N, T) -> the codes of whole pictures (N, Q, h, w)."""

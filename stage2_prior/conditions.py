@@ -126,11 +126,8 @@ class ConditionedPrior(Prior):
     config: ConditionedConfig
 
     def __init__(self, config: ConditionedConfig, text_tokenizer: TextTokenizer | None) -> None:
-        super().__init__()
-        self.config, self.condition, self.text_tokenizer = config, config.condition, text_tokenizer
-        self.code_shape, self.length = config.code_shape, math.prod(config.code_shape)
-        self.num_codebooks, self.codebook_size = config.code_shape[0], config.codebook_size
-        self.prefix_length = config.prefix_length
+        super().__init__(config, text_tokenizer)
+        self.condition, self.prefix_length = config.condition, config.prefix_length
 
     def text_prefix(self, text: Sequence[str]) -> Tensor:
         """Texts -> (B, P): <start>, the tokens, <pad> up to P. Raises InputError when a text is too long."""

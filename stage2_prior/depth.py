@@ -1,6 +1,6 @@
 """The codes of one position, one after the other: the depth of residual codes (Lee et al. 2022, section 3.2.2).
 
-A trunk that runs once a position says what stands there; this head draws its Q codes, each given the ones before it.
+A trunk that runs once a position says what stands there; this head predicts its Q codes, each given the ones before it.
 Deliberate difference from RQ-Transformer: where that has a second transformer over the depth, each depth here has an
 MLP over the trunk's state plus the embeddings of the codes so far, which costs little beside the trunk.
 
@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_prior.fused import Linear, linear
-
 
 class DepthHead(nn.Module):
     """The first code's logits are linear in the trunk's state; with one codebook that is all."""
@@ -22,7 +20,7 @@ class DepthHead(nn.Module):
         deeper = range(1, num_codebooks)
         self.num_codebooks = num_codebooks
         self.weight = nn.Parameter(torch.randn(codebook_size, dim) * 0.02)  # (K, E) of the first code
-        self.heads = nn.ModuleList(Linear(dim, codebook_size) for _ in deeper)
+        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in deeper)
         self.embeddings = nn.ModuleList(nn.Embedding(codebook_size, dim) for _ in deeper)
         self.blocks = nn.ModuleList(DepthBlock(dim) for _ in deeper)
         for layer in (*self.heads, *self.embeddings):
@@ -38,7 +36,7 @@ class DepthHead(nn.Module):
         """States (..., E) and the q first codes of their positions (..., q) -> logits of the next code (..., K)."""
         depth = before.shape[-1]
         if depth == 0:
-            return linear(state, self.weight)
+            return F.linear(state, self.weight)
         x = state
         for embedding, codes in zip(self.embeddings, before.unbind(-1), strict=False):
             x = x + embedding(codes)
@@ -51,8 +49,8 @@ class DepthBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.mlp_in = Linear(dim, 2 * dim)
-        self.mlp_out = Linear(2 * dim, dim)
+        self.mlp_in = nn.Linear(dim, 2 * dim, bias=False)
+        self.mlp_out = nn.Linear(2 * dim, dim, bias=False)
         self.norm_out = nn.RMSNorm(dim, eps=1e-6)
         nn.init.zeros_(self.mlp_out.weight)
 

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from stage2_prior.base import Prior
 from stage2_prior.codes import Codes
 from stage2_prior.conditions import batch_prefix, condition_of
+from stage2_prior.gpt import GPTPrior
 from stage2_prior.load import load_prior
 from stage2_prior.sampling.settings import guide
-from stage2_prior.transformer import GPTPrior
 from tessera.errors import InputError
 from tessera.text import PAD
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
+from stage2_prior.gpt import GPTPrior
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
 from stage2_prior.sampling import Sampling
@@ -29,7 +30,6 @@ from stage2_prior.train import (
     noisy_prefix,
     sample_pictures,
 )
-from stage2_prior.transformer import GPTPrior
 from tessera.config import Config, read_recipe
 from tessera.errors import InputError
 from tessera.training.run import OptimizerConfig, Run, RunConfig

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stage2_prior.base import Cache, Prior, flatten_codes, unflatten_codes
+from stage2_prior.gpt import GPTPrior
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTPrior
 from tessera.errors import InputError
 
 ONLY_ROWS = (
@@ -46,14 +46,13 @@ class GapsPrior(Prior):
 
     def __init__(self, prior: Prior, codes: Tensor, known: Tensor) -> None:
         """`codes` and `known` as of `infill`, which says what is raised."""
-        super().__init__()
+        super().__init__(prior.config, prior.text_tokenizer)
         if not isinstance(prior, GPTPrior):
             raise InputError(ONLY_ROWS)
         _check(prior, codes, known)
         device = prior.text_embedding.weight.device
-        self.prior, self.config, self.text_tokenizer = prior, prior.config, prior.text_tokenizer
+        self.prior = prior
         missing = int((~known).sum())
-        self.num_codebooks, self.codebook_size = prior.num_codebooks, prior.codebook_size
         self.code_shape, self.length = (self.num_codebooks, 1, missing), self.num_codebooks * missing
         self.prefix_length = prior.prefix_length
         self.order = (~known).flatten().to(device).int().argsort(stable=True)  # (S,), the known positions first

@@ -50,7 +50,7 @@ def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
     """The config and the model of a `type`. Raises InputError for an unknown one."""
     match kind:
         case "gpt":
-            from stage2_prior.transformer import GPTConfig, GPTPrior
+            from stage2_prior.gpt import GPTConfig, GPTPrior
 
             return GPTConfig, GPTPrior
         case "pixelcnn":
@@ -62,23 +62,23 @@ def prior_kind(kind: str, where: str) -> tuple[type[PriorConfig], type[Prior]]:
 
             return BartConfig, BartPrior
         case "mindalle":
-            from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
+            from stage2_prior.imported.mindalle import MinDALLEConfig, MinDALLEPrior
 
             return MinDALLEConfig, MinDALLEPrior
         case "rudalle":
-            from stage2_prior.rudalle import RuDALLEConfig, RuDALLEPrior
+            from stage2_prior.imported.rudalle import RuDALLEConfig, RuDALLEPrior
 
             return RuDALLEConfig, RuDALLEPrior
         case "llamagen":
-            from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
+            from stage2_prior.imported.llamagen import LlamaGenConfig, LlamaGenPrior
 
             return LlamaGenConfig, LlamaGenPrior
         case "janus":
-            from stage2_prior.janus import JanusConfig, JanusPrior
+            from stage2_prior.imported.janus import JanusConfig, JanusPrior
 
             return JanusConfig, JanusPrior
         case "taming":
-            from stage2_prior.taming import TamingConfig, TamingPrior
+            from stage2_prior.imported.taming import TamingConfig, TamingPrior
 
             return TamingConfig, TamingPrior
         case _:

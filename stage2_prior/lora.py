@@ -9,7 +9,8 @@ fingerprint of the base, for on another prior the numbers mean nothing. Training
 does not: here the addition is made once, so that a prior with LoRAs is as fast as one without.
 
 Our attention computes queries, keys and values by one matrix `qkv` of three thirds. Each third has its own A and B, as
-three separate matrices would; the layers `qkv.q`, `qkv.k` and `qkv.v` are those thirds.
+three separate matrices would; the layers `qkv.q`, `qkv.k` and `qkv.v` are those thirds. Release 0.1 named the layers of
+the trunk without `decoder.`, and so does the base's fingerprint still, so that its adapters belong to the same base.
 """
 
 import math
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stage2_prior.upgrade import TRUNK
 from tessera.config import validate
 from tessera.errors import InputError
 from tessera.files import read_json
@@ -193,7 +195,7 @@ def base_fingerprint(prior: nn.Module) -> str:
     for name, weight in prior.named_parameters():
         if ".lora_" in name:
             continue
-        name = name.replace(".base_layer", "")
+        name = name.replace(".base_layer", "").removeprefix(TRUNK)
         owner, _, kind = name.rpartition(".")
         if owner.endswith(".qkv"):
             thirds = zip("qkv", weight.chunk(3), strict=True)
@@ -245,6 +247,7 @@ def _check_layers(prior: nn.Module, lora: Lora, folder: str | Path) -> None:
 
 def _place(prior: nn.Module, layer: str) -> tuple[str, int | None]:
     """The weight that a layer's addition goes to, and which third of it, None for the whole."""
+    layer = TRUNK + layer if layer.startswith("blocks.") else layer
     owner, _, last = layer.rpartition(".")
     if owner.endswith("qkv") and last in ("q", "k", "v"):
         return f"{owner}.weight", "qkv".index(last)

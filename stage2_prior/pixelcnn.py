@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stage2_prior.base import Cache
-from stage2_prior.blocks import Block
 from stage2_prior.conditions import ConditionedConfig, ConditionedPrior
+from stage2_prior.decoder import Block, DecoderSpec, View
 from stage2_prior.depth import DepthHead
 from tessera.config import Config
 from tessera.text import PAD, TextTokenizer
@@ -225,9 +225,15 @@ class ConditionReader(nn.Module):
             torch.zeros(config.text_length if config.condition == "text" else 0, config.dim)
         )
         text_depth = config.text_depth if config.condition == "text" else 0
-        self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, 4 * config.dim, "gelu") for _ in range(text_depth)
+        spec = DecoderSpec(
+            dim=config.dim,
+            depth=max(1, text_depth),
+            num_heads=config.num_heads,
+            mlp_dim=4 * config.dim,
+            prefix_length=config.prefix_length,
+            grid=config.code_shape[1:],
         )
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(text_depth))  # that attend in both directions
         map_depth = 2 if config.condition == "segmentation" else 0  # each sees its neighbours, on all sides
         self.convolutions = nn.ModuleList(nn.Conv2d(config.dim, config.dim, 3, padding=1) for _ in range(map_depth))
 
@@ -235,11 +241,11 @@ class ConditionReader(nn.Module):
         x = self.embedding(prefix)  # (B, P, E)
         match self.config.condition:
             case "text":
-                there = prefix != PAD
+                present = prefix != PAD
                 x = x + self.text_position
                 for block in self.blocks:
-                    x = block(x, there[:, None, None])
-                x = (x * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True)
+                    x = block(x, View(mask=present[:, None, None]))
+                x = (x * present.unsqueeze(-1)).sum(1) / present.sum(1, keepdim=True)
                 return x[:, :, None, None]
             case "segmentation":
                 assert self.config.segmentation_code_shape is not None

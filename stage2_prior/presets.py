@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
+from stage2_prior.gpt import GPTConfig, GPTPrior, GPTSize
 from tessera.config import validate
 from tessera.errors import nearest
 from tessera.files import read_yaml

@@ -14,12 +14,12 @@ from stage2_prior.bart import BartConfig, BartPrior, BartSize
 from stage2_prior.base import Condition, Predictions, Prior, unflatten_codes
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
 from stage2_prior.conditions import batch_prefix, condition_of
+from stage2_prior.gpt import GPTConfig, GPTPrior, GPTSize
 from stage2_prior.load import load_prior
 from stage2_prior.lora import base_fingerprint
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior, PixelCNNSize
 from stage2_prior.presets import with_preset
 from stage2_prior.sampling import Sampling, sample
-from stage2_prior.transformer import GPTConfig, GPTPrior, GPTSize
 from stage2_prior.truncation import describe, truncation
 from tessera.config import Config, read_recipe, validate
 from tessera.errors import InputError

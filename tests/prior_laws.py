@@ -111,9 +111,12 @@ def check_cache(prior: Prior, prefix: Tensor) -> None:
 
 
 def _numbers(cache: Cache) -> int:
-    parts = vars(cache).values()
-    tensors = sum(part.numel() for part in parts if isinstance(part, Tensor) and part.ndim > 2)
-    return tensors + sum(_numbers(part) for part in parts if isinstance(part, Cache))
+    def count(part: object) -> int:
+        if isinstance(part, Tensor):
+            return part.numel() if part.ndim > 2 and part.is_floating_point() else 0
+        return sum(map(count, part)) if isinstance(part, list | tuple) else 0
+
+    return sum(map(count, vars(cache).values()))
 
 
 def uncached(prior: Prior, prefix: Tensor, seeds: list[int], sampling: Sampling) -> Tensor:

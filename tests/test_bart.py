@@ -18,9 +18,10 @@ from pipelines import cli
 from pipelines.convert import convert
 from pipelines.info import describe
 from stage2_prior import Sampling, load_prior, sample
-from stage2_prior.bart import BartConfig, BartPrior, NormedAttention, spell_emoji
+from stage2_prior.bart import BartConfig, BartPrior, Encoder, spell_emoji
 from stage2_prior.codes import Codes
 from stage2_prior.convert import min_dalle as converter
+from stage2_prior.decoder import CrossAttention
 from stage2_prior.train import Objective
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
@@ -273,21 +274,21 @@ def test_laws(prior: BartPrior) -> None:
 def test_the_text_is_encoded_once_for_all_candidates(prior: BartPrior, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[int] = []
     lengths: list[int] = []
-    encode, keys_values = BartPrior._encode, NormedAttention.keys_values
+    encode, keys_values = Encoder.forward, CrossAttention.keys_values
 
-    def noted_encode(self: BartPrior, prefix: Tensor) -> Tensor:
-        texts.append(len(prefix))
-        return encode(self, prefix)
+    def noted_encode(self: Encoder, x: Tensor, present: Tensor, recomputed: bool) -> Tensor:
+        texts.append(len(x))
+        return encode(self, x, present, recomputed)
 
-    def noted_keys(self: NormedAttention, x: Tensor) -> tuple[Tensor, Tensor]:
-        lengths.append(x.shape[1])
-        return keys_values(self, x)
+    def noted_keys(self: CrossAttention, memory: Tensor) -> tuple[Tensor, Tensor]:
+        lengths.append(memory.shape[1])
+        return keys_values(self, memory)
 
-    monkeypatch.setattr(BartPrior, "_encode", noted_encode)
-    monkeypatch.setattr(NormedAttention, "keys_values", noted_keys)
+    monkeypatch.setattr(Encoder, "forward", noted_encode)
+    monkeypatch.setattr(CrossAttention, "keys_values", noted_keys)
     sample(prior, prior.prefix(["a cat"]), range(5), Sampling(guidance_scale=2))
     assert texts == [2]  # the prompt's and the empty one's, not one for each of 5 candidates
-    assert sum(length == prior.prefix_length for length in lengths) == prior.config.encoder_depth + prior.config.depth
+    assert lengths == [prior.prefix_length] * prior.config.depth
 
 
 @torch.no_grad()

@@ -1,21 +1,23 @@
 """The sampling engines: the prior's own numbers, and rows that do not depend on the rows beside them."""
 
+import gc
+import logging
 import math
 import re
-import subprocess
-import sys
+import weakref
 
 import pytest
 import torch
 
+from pipelines import TextToImagePipeline
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
-from stage2_prior.sampling import cpu, kernels
-from stage2_prior.sampling import engine as engines
+from stage2_prior.sampling import PlainEngine, Sampler, cpu, kernels, make_engine, selection
 from stage2_prior.sampling.cpu import CPUEngine
-from stage2_prior.sampling.engine import accelerated, engine_for, set_precision, unsupported
 from stage2_prior.sampling.gpu import GPUEngine
+from stage2_prior.sampling.jacobi import sample_speculatively
 from stage2_prior.sampling.prune import Plan, sample_pruned
 from stage2_prior.sampling.quantized import FP8, Int8, without_fp8
+from stage2_prior.sampling.selection import unsupported
 from tessera.errors import InputError
 from tessera.native import build as native
 
@@ -143,45 +145,87 @@ def test_int8_is_the_product_of_rounded_rows_and_weights(width):
     torch.testing.assert_close(y, normed @ weight.T, rtol=0, atol=0.05 * width**0.5)
 
 
-def test_sampling_takes_the_engine_and_draws_what_the_plain_path_draws(prior, monkeypatch):
-    assert isinstance(engine_for(prior), CPUEngine)
+@pytest.mark.parametrize("guidance_scale", [1, 2])
+def test_sampling_with_an_engine_gives_what_the_plain_path_gives(prior, guidance_scale):
     prefix, _ = inputs(prior, 2)
-    sampling = Sampling(guidance_scale=2)
-    fast = sample(prior, prefix, range(8), sampling)
-    monkeypatch.setattr(engines, "accelerated", lambda prior: None)
-    assert torch.equal(fast, sample(prior, prefix, range(8), sampling))
+    sampling = Sampling(guidance_scale=guidance_scale)
+    plain = sample(prior, prefix, range(8), sampling, engine=PlainEngine(prior))
+    engine = make_engine(prior)
+    assert isinstance(engine, CPUEngine)
+    assert torch.equal(sample(prior, prefix, range(8), sampling, engine=engine), plain)
+    assert torch.equal(sample(prior, prefix, range(8), sampling), plain)  # with an engine of the call
+    assert torch.equal(sample(prior, prefix, range(8), sampling, engine=engine), plain)  # it is as it was
 
 
-def test_changed_weights_are_seen():
+def add_to_qkv(prior):
+    """What a LoRA does: an addition to a matrix, in place."""
+    with torch.no_grad():
+        weight = prior.decoder.blocks[1].attention.qkv.weight
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def kinds(prior):
+    return [make_engine(prior), make_engine(prior, "int8"), GPUEngine(prior, "float32"), PlainEngine(prior)]
+
+
+def test_weights_that_changed_are_refused_until_the_engine_is_told():
+    """Not sampled with as they were, and not half of them: prefix and steps may read them in different places."""
     prior = make_prior()
-    prefix, codes = inputs(prior, 1)
-    first = accelerated(prior)
-    assert accelerated(prior) is first
-    with torch.no_grad():
-        prior.blocks[1].mlp_out.weight[3, 3] += 1  # counted by torch
-    assert accelerated(prior) is not first
-    second = accelerated(prior)
-    prior.blocks[1].mlp_out.weight.data.mul_(1.5)  # not counted
-    third = accelerated(prior)
-    assert third is not second
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(third, prefix, codes), prior(prefix, codes), rtol=0, atol=2e-5)
+    prefix, _ = inputs(prior, 1)
+    engines = kinds(prior)
+    before = [sample(prior, prefix, range(6), engine=engine) for engine in engines]
+    add_to_qkv(prior)
+    for engine in engines[:-1]:
+        for run in (sample, sample_speculatively):
+            with pytest.raises(InputError, match=r"weights have changed .* call the engine's refresh"):
+                run(prior, prefix, range(6), engine=engine)
+        engine.refresh()
+    for engine, fresh, old in zip(engines, kinds(prior), before, strict=True):
+        new = sample(prior, prefix, range(6), engine=engine)
+        assert torch.equal(new, sample(prior, prefix, range(6), engine=fresh)) and not torch.equal(new, old)
+
+
+def test_images_that_an_engine_has_begun_are_finished_with_the_weights_of_before():
+    prior = make_prior()
+    prefix, _ = inputs(prior, 1)
+    before = sample(prior, prefix, range(6))
+    sampler = Sampler(prior, prefix, range(6), engine=make_engine(prior))
+    sampler.advance(5)
+    add_to_qkv(prior)
+    sampler.advance(prior.length)
+    assert torch.equal(sampler.codes, before)
+
+
+def test_an_engine_is_of_one_prior():
+    prior, other = make_prior(), make_prior()
+    for engine in kinds(other):
+        with pytest.raises(InputError, match="made for another prior"):
+            sample(prior, inputs(prior, 1)[0], range(2), engine=engine)
+
+
+def test_engines_of_one_prior_know_nothing_of_each_other():
+    prior = make_prior(dim=80, depth=4)
+    prefix, _ = inputs(prior, 1)
+    exact, rounded = make_engine(prior), make_engine(prior, "int8")
+    assert (exact.precision, rounded.precision) == ("float32", "int8")
+    logits = [engine.prefill(prefix, 1)[0] for engine in (exact, rounded, exact)]
+    assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])
+    codes = sample(prior, prefix, range(4), engine=exact)
+    sample(prior, prefix, range(4), engine=rounded)
+    assert torch.equal(sample(prior, prefix, range(4), engine=exact), codes)
 
 
 def test_precision_is_chosen_and_refused():
     prior = make_prior()
-    assert accelerated(prior).precision == "float32"
-    set_precision(prior, "int8")
-    assert accelerated(prior).precision == "int8"
-    set_precision(prior, None)
-    assert accelerated(prior).precision == "float32"
+    assert make_engine(prior).precision == "float32"
+    assert make_engine(prior, "int8").precision == "int8"
     with pytest.raises(InputError, match="one of float32, bfloat16, int8, fp8, got 'int4'"):
-        set_precision(prior, "int4")
+        make_engine(prior, "int4")
     with pytest.raises(
         InputError, match="cannot be kept in fp8: it is on a CPU, whose engine knows float32, bfloat16, int8"
     ):
-        set_precision(prior, "fp8")
-    assert accelerated(make_prior().to(torch.bfloat16)).precision == "bfloat16"
+        make_engine(prior, "fp8")
+    assert make_engine(make_prior().to(torch.bfloat16)).precision == "bfloat16"
 
 
 class Doubled(torch.nn.Linear):
@@ -189,40 +233,40 @@ class Doubled(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_what_the_engine_cannot_do_takes_the_plain_path_and_says_why(capsys):
+def test_what_the_engine_cannot_do_takes_the_plain_path_and_says_why(caplog):
     prior = make_prior()
-    prior.blocks[0].mlp_in = Doubled(40, 160, bias=False)
-    assert engine_for(prior) is prior
-    assert "plain path, which is slower: the engine does not know the prior's blocks.0.mlp_in (Doubled)" in (
-        capsys.readouterr().err
-    )
-    assert engine_for(prior) is prior
-    assert capsys.readouterr().err == ""  # said once
+    prior.decoder.blocks[0].mlp_in = Doubled(40, 160, bias=False)
+    engine = make_engine(prior)
+    assert isinstance(engine, PlainEngine) and engine.precision is None
+    reason = "the engine does not know the prior's decoder.blocks.0.mlp_in (Doubled)"
+    assert engine.reason == reason
+    line = f"sampling takes the plain path, which is slower: {reason}"
+    assert caplog.record_tuples == [("stage2_prior", logging.WARNING, line)]
 
     training = make_prior(dropout=0.1).train()
     assert "training mode" in unsupported(training)
     assert unsupported(training.eval()) == ""
 
 
-def test_an_engine_that_is_wrong_is_not_used(monkeypatch, capsys):
+@pytest.mark.parametrize("factor", [1.5, math.nan])
+def test_an_engine_that_is_wrong_is_not_used(monkeypatch, caplog, factor):
     original = CPUEngine.step
-    monkeypatch.setattr(CPUEngine, "step", lambda self, codes, cache: original(self, codes, cache) * 1.5)
-    prior = make_prior()
-    assert engine_for(prior) is prior
-    assert "differ from the engine's" in capsys.readouterr().err
+    monkeypatch.setattr(CPUEngine, "step", lambda self, codes, cache: original(self, codes, cache) * factor)
+    assert isinstance(make_engine(make_prior()), PlainEngine)
+    assert "differ from the engine's" in caplog.text
 
 
-def test_without_a_compiler_it_works_and_says_why(monkeypatch, tmp_path, capsys):
+def test_without_a_compiler_it_works_and_says_why(monkeypatch, tmp_path, caplog):
     prior = make_prior()
     prefix, _ = inputs(prior, 1)
     fast = sample(prior, prefix, range(3))
     for compiler, complaint in ((str(tmp_path / "none"), "could not be built"), ("false", "cannot build")):
         forget_the_library()
-        monkeypatch.setattr(engines, "_made", type(engines._made)())
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("CXX", compiler)
         assert torch.equal(sample(prior, prefix, range(3)), fast)
-        assert complaint in capsys.readouterr().err
+        assert complaint in caplog.text
+        caplog.clear()
     forget_the_library()
 
 
@@ -231,14 +275,19 @@ def forget_the_library():
     native._library.cache_clear()
 
 
-def test_priors_are_let_go():
-    code = """
-import gc, weakref
-from tests.test_engine import make_prior, accelerated
-prior = make_prior(); accelerated(prior); there = weakref.ref(prior); del prior; gc.collect()
-assert there() is None
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_an_engine_that_is_dropped_frees_its_weights_and_its_prior():
+    prior = make_prior()
+    prefix, _ = inputs(prior, 1)
+    for precision in ("float32", "int8"):
+        engine = make_engine(prior, precision)
+        sample(prior, prefix, range(2), engine=engine)
+        held = weakref.ref(engine.weights)
+        del engine
+        assert held() is None
+    held = weakref.ref(prior)
+    del prior
+    gc.collect()  # modules have cycles of their own
+    assert held() is None
 
 
 @pytest.mark.gpu
@@ -259,14 +308,14 @@ def test_weights_of_8_bits_are_drawn_with_on_a_gpu(precision):
     prior = make_prior((1, 10, 10), dim=64).cuda().to(torch.bfloat16)
     if precision == "fp8" and without_fp8():
         pytest.skip(without_fp8())
-    set_precision(prior, precision)
-    assert accelerated(prior).precision == precision  # after agreeing with the prior
-    assert sample(prior, prior.null_prefix(1), range(20)).shape == (20, 100)
+    engine = make_engine(prior, precision)
+    assert isinstance(engine, GPUEngine)  # it agreed with the prior
+    assert sample(prior, prior.null_prefix(1), range(20), engine=engine).shape == (20, 100)
 
 
 def fp8_runs_here() -> bool:
     try:
-        FP8(torch.nn.Linear(16, 16, bias=False))(torch.ones(1, 16))
+        FP8(torch.randn(16, 16))(torch.ones(1, 16))
     except (InputError, NotImplementedError, RuntimeError):
         return False
     return True
@@ -279,10 +328,10 @@ def test_a_torch_that_does_not_multiply_in_fp8_is_named(monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)  # as in torch 2.6 to 2.9
     sentence = rf"torch {re.escape(torch.__version__)} does not multiply in it; take int8, or torch 2.10 or newer"
     with pytest.raises(InputError, match=f"weights cannot be kept in fp8: {sentence}"):
-        FP8(torch.nn.Linear(16, 16, bias=False))
+        FP8(torch.randn(16, 16))
     beyond_a_cpu = make_prior().to("meta")
-    assert re.fullmatch(sentence, engines._unavailable(beyond_a_cpu, "fp8"))
-    assert not engines._unavailable(make_prior(dim=64).to("meta"), "int8")
+    assert re.fullmatch(sentence, selection._unavailable(beyond_a_cpu, "fp8"))
+    assert not selection._unavailable(make_prior(dim=64).to("meta"), "int8")
 
 
 @pytest.mark.parametrize(("precision", "levels"), [("int8", 127), pytest.param("fp8", 8, marks=needs_fp8)])
@@ -299,7 +348,7 @@ def test_products_of_8_bits_are_those_of_the_rounded_numbers(precision, levels):
         step = 1.0 if precision == "int8" else 2.0 ** units.abs().clamp_min(2.0**-6).log2().floor() / levels
         return (units / step).round() * step * scale
 
-    product = {"int8": Int8, "fp8": FP8}[precision](layer)
+    product = {"int8": Int8, "fp8": FP8}[precision](layer.weight)
     expected = rounded(x) @ rounded(layer.weight.detach()).T
     error = (product(x) - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if precision == "int8" else 8e-3)  # fp8 products come in bfloat16
@@ -321,8 +370,8 @@ def test_steps_with_weights_of_8_bits_are_near_the_priors(precision):
 
 def test_a_precision_is_refused_where_no_engine_keeps_weights_in_it():
     with pytest.raises(InputError, match="cannot be kept in int8: there is no engine for priors with positions"):
-        set_precision(make_prior(positions="rotary"), "int8")
-    set_precision(make_prior(positions="rotary"), None)
+        make_engine(make_prior(positions="rotary"), "int8")
+    assert isinstance(make_engine(make_prior(positions="rotary")), PlainEngine)
 
 
 def leave_room_for_three(monkeypatch):
@@ -338,19 +387,21 @@ def leave_room_for_three(monkeypatch):
 
 
 @pytest.mark.parametrize("prefixes", [1, 3])
-def test_what_does_not_fit_in_memory_is_drawn_in_parts(monkeypatch, capsys, prefixes):
+def test_what_does_not_fit_in_memory_is_sampled_in_parts(monkeypatch, caplog, prefixes):
     prior = make_prior()
     prefix, _ = inputs(prior, prefixes)
     sampling, null = Sampling(guidance_scale=2), inputs(prior, prefixes)[0]
     whole = sample(prior, prefix, range(9), sampling, null=null)
     leave_room_for_three(monkeypatch)
     assert torch.equal(sample(prior, prefix, range(9), sampling, null=null), whole)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"9 images at once do not fit in memory; drawing {'4 and 5' if prefixes == 1 else '3 and 6'}"
+    assert (
+        caplog.messages[0]
+        == f"9 images at once do not fit in memory; sampling {'4 at once' if prefixes == 1 else '3 and 6'}"
+    )
 
 
 @pytest.mark.parametrize("prefixes", [1, 3])
-def test_what_does_not_fit_in_memory_is_pruned_in_smaller_batches(monkeypatch, capsys, prefixes):
+def test_what_does_not_fit_in_memory_is_pruned_in_smaller_batches(monkeypatch, caplog, prefixes):
     prior = make_prior()
     prefix, _ = inputs(prior, prefixes)
     sampling, plan = Sampling(guidance_scale=2), Plan(position=4, survivors=2)
@@ -360,30 +411,32 @@ def test_what_does_not_fit_in_memory_is_pruned_in_smaller_batches(monkeypatch, c
     assert torch.equal(found.chosen, whole.chosen)
     for one, other in zip(found.sampled, whole.sampled, strict=True):
         torch.testing.assert_close(one, other)
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"12 images at once do not fit in memory; drawing {'6 at once' if prefixes == 1 else '4 and 8'}"
+    assert (
+        caplog.messages[0]
+        == f"12 images at once do not fit in memory; sampling {'6 at once' if prefixes == 1 else '4 and 8'}"
+    )
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("something else")])
-def test_one_image_that_does_not_fit_and_other_errors_are_raised(monkeypatch, capsys, error):
+def test_one_image_that_does_not_fit_and_other_errors_are_raised(monkeypatch, caplog, error):
     def step(*_):
         raise error
 
     prior = make_prior()
-    assert accelerated(prior) is not None
+    engine = make_engine(prior)
     monkeypatch.setattr(CPUEngine, "step", step)
     with pytest.raises(type(error), match=str(error)):
-        sample(prior, inputs(prior, 1)[0], range(2))
-    assert ("drawing 1 and 1" in capsys.readouterr().err) == isinstance(error, MemoryError)
+        sample(prior, inputs(prior, 1)[0], range(2), engine=engine)
+    assert ("sampling 1 at once" in caplog.text) == isinstance(error, MemoryError)
 
 
 def test_a_gpu_keeps_8_bits_of_widths_that_are_multiples_of_16():
     """Asked of priors on torch's meta device, which are not on a CPU and need no GPU."""
     for dim, mlp_ratio, fits in ((48, 2.0, True), (40, 2.0, False), (48, 2.25, False), (32, 1.5, True)):
         prior = make_prior(dim=dim, mlp_ratio=mlp_ratio).to("meta")
-        assert (engines._unavailable(prior, "int8") == "") == fits
-    assert engines._unavailable(prior, "bfloat16") == "it is on a GPU; load it with the dtype you want"
-    assert engines._unavailable(make_prior(), "fp8") == "it is on a CPU, whose engine knows float32, bfloat16, int8"
+        assert (selection._unavailable(prior, "int8") == "") == fits
+    assert selection._unavailable(prior, "bfloat16") == "it is on a GPU; load it with the dtype you want"
+    assert selection._unavailable(make_prior(), "fp8") == "it is on a CPU, whose engine knows float32, bfloat16, int8"
 
 
 class World:
@@ -446,7 +499,49 @@ def test_a_trial_is_kept_when_it_takes_a_tenth_less(monkeypatch):
 def test_a_prior_with_hooks_has_no_engine(kind):
     prior = make_prior()
     assert unsupported(prior) == ""
-    hook = getattr(prior.blocks[1].mlp_in, kind)(lambda *arguments: None)
-    assert "does not know the prior's blocks.1.mlp_in (Linear)" in unsupported(prior)
+    hook = getattr(prior.decoder.blocks[1].mlp_in, kind)(lambda *arguments: None)
+    assert "does not know the prior's decoder.blocks.1.mlp_in (Linear)" in unsupported(prior)
     hook.remove()
     assert unsupported(prior) == ""
+
+
+# The engine of a pipeline ---------------------------------------------------------------------------------------------
+
+
+def codes_of(pipeline):
+    return pipeline("a red heart", num_candidates=3, num_images_per_prompt=3, rerank=False).codes
+
+
+def test_pipelines_of_one_prior_have_precisions_of_their_own(tiny_pipeline):
+    """The precision was the prior's once, so that what one pipeline chose, another sampled with."""
+    parts = tiny_pipeline.image_tokenizer, tiny_pipeline.prior
+    exact, rounded = TextToImagePipeline(*parts), TextToImagePipeline(*parts)
+    codes = codes_of(exact)
+    rounded.precision = "int8"
+    codes_of(rounded)
+    assert (exact.precision, exact.engine.precision) == (None, "float32")
+    assert (rounded.precision, rounded.engine.precision) == ("int8", "int8")
+    assert torch.equal(codes_of(exact), codes)
+    with pytest.raises(InputError, match="cannot be kept in fp8: it is on a CPU"):
+        rounded.precision = "fp8"
+    assert rounded.engine.precision == "int8"
+
+
+def test_a_pipeline_keeps_its_engine_and_makes_none_before_it_samples(tiny_pipeline, monkeypatch):
+    engines = []
+
+    def make(*arguments):
+        engines.append(make_engine(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr("pipelines.text_to_image.make_engine", make)
+    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    pipeline.precision = "bfloat16"
+    assert not engines
+    codes_of(pipeline)
+    codes_of(pipeline)
+    assert engines == [pipeline.engine]
+    held = weakref.ref(pipeline.engine.weights)
+    engines.clear()
+    del pipeline
+    assert held() is None

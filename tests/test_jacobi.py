@@ -81,14 +81,14 @@ def test_images_come_as_often_as_the_prior_says(guidance_scale):
     assert terms < 54.1  # 26 degrees of freedom at most: above it once in a thousand
 
 
-def test_a_prior_without_an_engine_is_sampled_plainly(capsys):
+def test_a_prior_without_an_engine_is_sampled_plainly(caplog):
     prior = make_prior((1, 2, 2))
-    prior.blocks[0].mlp_in = Doubled(40, 160, bias=False)
+    prior.decoder.blocks[0].mlp_in = Doubled(40, 160, bias=False)
     prefix, _ = inputs(prior, 1)
     drawn = sample_speculatively(prior, prefix, range(2))
     assert torch.equal(drawn.codes, sample(prior, prefix, range(2)))
     assert drawn.steps.tolist() == [4, 4]
-    assert "plain path" in capsys.readouterr().err
+    assert "plain path" in caplog.text
 
 
 def test_wrong_arguments_are_refused():

@@ -21,7 +21,7 @@ from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import janus as converter
-from stage2_prior.janus import JanusPrior
+from stage2_prior.imported.janus import JanusPrior
 from tessera.errors import InputError
 from tests.prior_laws import check_laws
 

@@ -23,7 +23,7 @@ from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.captions import clean
 from stage2_prior.convert import convert as convert_prior
 from stage2_prior.convert import llamagen as converter
-from stage2_prior.llamagen import LlamaGenPrior
+from stage2_prior.imported.llamagen import LlamaGenPrior
 from tessera.errors import InputError
 from tessera.weights.foreign import Weights
 from tests.prior_laws import check_laws
@@ -361,7 +361,7 @@ def test_bad_sources(t5, tmp_path, capsys):
     assert "peizesun/llamagen_t2i" in capsys.readouterr().err
     size = "image_size=64"
     assert "--set num_heads=N" in refused([file], size)
-    assert "4 x num_heads" in refused([file], size, "num_heads=16")
+    assert "a multiple of 4 channels a head" in refused([file], size, "num_heads=16")
     assert "text_encoder must be a folder or a hub" in refused([file], size, "num_heads=4", "text_encoder=/no/where")
     assert f"no T5 with features of {FEATURES}" in refused([file], size, "num_heads=4", f"text_encoder={tmp_path}")
     given = ("num_heads=4", f"text_encoder={t5}")
@@ -401,7 +401,7 @@ def test_a_prior_with_prefixes_in_shards_and_with_an_average(tmp_path):
     for wanted, expected in (("model", weights), ("ema", doubled)):
         prior = convert_prior("llamagen", [tmp_path], given, wanted).prior
         assert prior.config.origin.weights == wanted
-        assert torch.equal(prior.get_parameter("norm.weight"), expected["norm.weight"])
+        assert torch.equal(prior.get_parameter("decoder.norm.weight"), expected["norm.weight"])
     with pytest.raises(InputError, match="at most 16384, got 1600000"):
         convert_prior("llamagen", [tmp_path], given | {"image_size": "1600000"}, "model")
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines import cli
+from pipelines.bundle import find_bundle
 from pipelines.generate import generate, replay
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, load_prior
@@ -21,6 +22,7 @@ from tessera.text import TextTokenizer
 from tessera.training.run import OptimizerConfig, Optimizers, Run
 
 ALL = ("q", "k", "v", "out", "mlp")
+SHIPPED_BASE = "65606d684697c5c7"  # fingerprint of the shipped prior as the base of LoRAs, computed by release 0.1
 
 
 def random_prior(codebooks: int = 1, seed: int = 0) -> GPTPrior:
@@ -101,7 +103,7 @@ def test_each_third_of_the_attention_is_its_own(tmp_path):
     prior, before = random_prior(), random_prior().state_dict()
     Loras(prior).add(tmp_path / "lora")
     changed = {name for name, weight in prior.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"blocks.0.attention.qkv.weight", "blocks.1.attention.qkv.weight"}
+    assert changed == {"decoder.blocks.0.attention.qkv.weight", "decoder.blocks.1.attention.qkv.weight"}
     for name in changed:
         moved = (prior.state_dict()[name] != before[name]).any(1)
         assert moved[:32].all() and not moved[32:].any()
@@ -116,7 +118,7 @@ def test_weights_scale_and_add_up_and_leave_no_trace(tmp_path):
     loras = Loras(prior)
     loras.add(tmp_path / "a", 0.8)
     loras.add(tmp_path / "b", -0.5)
-    for layer in ("blocks.0.attention.out", "code_head"):
+    for layer in ("decoder.blocks.0.attention.out", "code_head"):
         if layer == "code_head":
             assert torch.equal(prior.code_head.weight, before["code_head.weight"])
             continue
@@ -438,3 +440,23 @@ def test_info_knows_a_lora(tiny_lora, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "LoRA" and report["r"] == 4 and report["revision"] == read_lora(tiny_lora).base
     assert report["parameters"] == sum(a.numel() + b.numel() for a, b in read_lora(tiny_lora).layers.values())
+
+
+def test_an_adapter_of_release_0_1_is_one_of_the_same_prior(tmp_path):
+    """It named the trunk's layers without `decoder.`; the fingerprint of its base is the one of then."""
+    adapter(tmp_path / "new", random_prior(), rank=2)
+    old = tmp_path / "old"
+    old.mkdir()
+    state = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert any(".decoder.blocks." in name for name in state)
+    save_file({name.replace(".decoder.blocks.", ".blocks."): one for name, one in state.items()},
+              old / "adapter_model.safetensors")  # fmt: skip
+    config = (tmp_path / "new" / "adapter_config.json").read_text("utf-8").replace("decoder.blocks.", "blocks.")
+    (old / "adapter_config.json").write_text(config, "utf-8")
+    new_prior, old_prior = random_prior(), random_prior()
+    Loras(new_prior).add(tmp_path / "new")
+    Loras(old_prior).add(old)
+    old_state = old_prior.state_dict()
+    assert all(torch.equal(weight, old_state[name]) for name, weight in new_prior.state_dict().items())
+    shipped = load_prior(find_bundle("emoji") / "prior")
+    assert base_fingerprint(shipped) == SHIPPED_BASE  # as release 0.1 computed it

@@ -19,7 +19,7 @@ from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import mindalle as converter
-from stage2_prior.mindalle import MinDALLEPrior
+from stage2_prior.imported.mindalle import MinDALLEPrior
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 from tessera.weights.foreign import Weights

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stage2_prior import GPTConfig, GPTPrior
-from stage2_prior.attention import QUERIES, View, attend, causal_products
-from stage2_prior.patterns import arrangement, visible
-from stage2_prior.positions import rotate, rotation
+from stage2_prior.decoder import View, attend
+from stage2_prior.masks import arrangement, visible
+from stage2_prior.positions import RotarySpec, rotate, rotation
 
 
 def seen_by_hand(pattern, place, height, width, kernel):
@@ -77,37 +77,6 @@ def test_attention_is_a_softmax_over_what_is_seen(pattern):
         torch.testing.assert_close(alone[query][:, :, 0], expected)
 
 
-@pytest.mark.parametrize("length", [2, 7, QUERIES, 2 * QUERIES + 1])
-def test_causal_products_are_attention_and_so_are_their_gradients(length):
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, 2, 3, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(2, 3, length, 8, generator=generator, dtype=torch.float64)
-
-    q, k, v = inputs.unbind()
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    expected = (q @ k.mT / math.sqrt(8)).masked_fill(future, -torch.inf).softmax(-1) @ v
-    (slopes,) = torch.autograd.grad((expected * weight).sum(), inputs)
-    mixed = causal_products(*inputs.unbind())
-    (found,) = torch.autograd.grad((mixed * weight).sum(), inputs)
-    torch.testing.assert_close(mixed, expected)
-    torch.testing.assert_close(found, slopes)
-
-
-def test_attention_in_training_is_that_in_evaluation():
-    q, k, v = torch.randn(3, 2, 3, 100, 16, generator=torch.Generator().manual_seed(0)).unbind()
-    trained = attend(q.requires_grad_(), k, v, None)
-    with torch.no_grad():
-        evaluated = attend(q, k, v, None)
-    assert "CausalProducts" in str(trained.grad_fn.next_functions)
-    torch.testing.assert_close(trained.detach(), evaluated, rtol=1e-5, atol=1e-6)
-
-
-def test_bfloat16_attention_differs_by_rounding_only():
-    q, k, v = torch.randn(3, 2, 3, 50, 16, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
-    exact = attend(q.double(), k.double(), v.double(), None)
-    assert (attend(q, k, v, None) - exact).abs().max() < 0.02
-
-
 def test_layers_follow_the_arrangement():
     """A code changes, by way of a single layer, only what its pattern sees."""
     torch.manual_seed(0)
@@ -115,7 +84,7 @@ def test_layers_follow_the_arrangement():
         config = GPTConfig(codebook_size=9, code_shape=(1, 4, 4), text_vocab_size=9, text_length=3, dim=16, depth=1,
                            num_heads=2, attention=(pattern,), convolution_kernel=3)  # fmt: skip
         prior = GPTPrior(config).eval()
-        torch.nn.init.normal_(prior.blocks[0].attention.out.weight)
+        torch.nn.init.normal_(prior.decoder.blocks[0].attention.out.weight)
         codes, prefix = torch.randint(0, 9, (1, 16)), prior.pad([[3]])
         before = prior(prefix, codes)
         for j in range(15):
@@ -130,7 +99,8 @@ def test_layers_follow_the_arrangement():
 @pytest.mark.parametrize("axes", [1, 2])
 def test_rotary_positions_turn_pairs_as_complex_numbers_do(axes):
     text, (height, width), channels = 3, (2, 3), 8
-    table = rotation(axes, text, (height, width), channels, torch.device("cpu"))
+    length = text + height * width
+    table = rotation(RotarySpec(axes=axes), text, (height, width), channels, 0, length, torch.device("cpu"))
     x = torch.randn(1, 2, text + height * width, channels, generator=torch.Generator().manual_seed(0))
     turned = rotate(x, table)
     pairs = channels // 2 // axes
@@ -146,7 +116,7 @@ def test_rotary_positions_turn_pairs_as_complex_numbers_do(axes):
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
-    table = rotation(1, 4, (2, 4), 16, torch.device("cpu"))
+    table = rotation(RotarySpec(), 4, (2, 4), 16, 0, 12, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(-1, -1, -1, 12, -1).unbind()
     scores = (rotate(q, table) @ rotate(k, table).transpose(-1, -2))[0, 0]
     for distance in range(12):
@@ -157,7 +127,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 def test_swiglu_and_plain_queries_are_what_their_papers_say():
     torch.manual_seed(0)
     config = GPTConfig(dim=16, depth=1, num_heads=2, mlp="swiglu", mlp_ratio=2, qk_norm=False, text_length=2)
-    block = GPTPrior(config).blocks[0]
+    block = GPTPrior(config).decoder.blocks[0]
     for weight in block.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     x = torch.randn(1, 5, 16)
@@ -167,10 +137,10 @@ def test_swiglu_and_plain_queries_are_what_their_papers_say():
     for half in (slice(0, 8), slice(8, 16)):
         scores = q[0, :, half] @ k[0, :, half].T / math.sqrt(8)
         heads.append(scores.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf).softmax(-1) @ values[0, :, half])
-    torch.testing.assert_close(block.attention(x, View(None, None), None, 0)[0],
+    torch.testing.assert_close(block.attention(x, View())[0],
                                torch.cat(heads, -1) @ block.attention.out.weight.T)  # fmt: skip
     expected = (x @ w.T).sigmoid() * (x @ w.T) * (x @ v.T) @ block.mlp_out.weight.T
-    torch.testing.assert_close(block._mlp(x), expected)
+    torch.testing.assert_close(block.mlp(x), expected)
 
 
 @pytest.mark.parametrize(

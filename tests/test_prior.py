@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stage2_prior import GPTConfig, GPTPrior, Sampling, load_prior, sample
-from stage2_prior.sampling.engine import engine_for
+from stage2_prior.sampling import make_engine
 from stage2_prior.sampling.sample import draw
 from stage2_prior.sampling.settings import filter_logits, guide
 from stage2_prior.train import Objective
@@ -59,7 +59,7 @@ def test_a_code_changes_only_the_logits_after_it(prior):
         changed[0, j] = (changed[0, j] + 1) % prior.codebook_size
         moved = (prior(prefix, changed) - before).abs().amax(-1)[0] > 0
         assert not moved[: j + 1].any()
-        if set(prior.patterns) == {"full"}:
+        if set(prior.decoder.spec.patterns) == {"full"}:
             assert moved[j + 1 :].all()
         else:
             assert moved[j + 1 : j + 2].all()
@@ -137,10 +137,10 @@ def test_candidates_equal_single_runs_in_any_batch(prior, guidance_scale):
 
 def test_the_prefix_is_computed_once_for_all_candidates(prior, monkeypatch):
     rows = []
-    engine = type(engine_for(prior))
-    original = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda self, p, n: rows.append(len(p)) or original(self, p, n))
-    sample(prior, prior.prefix(["a red heart"]), range(6), Sampling(guidance_scale=2))
+    engine = make_engine(prior)
+    prefill = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda p, n: rows.append(len(p)) or prefill(p, n))
+    sample(prior, prior.prefix(["a red heart"]), range(6), Sampling(guidance_scale=2), engine=engine)
     assert rows == [2]  # the prompt's and the empty one's, not one for each of 6 candidates
 
 

@@ -15,7 +15,8 @@ from pipelines.convert import convert
 from pipelines.info import describe
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.convert import rudalle as converter
-from stage2_prior.rudalle import Pattern, RuDALLEPrior, visible
+from stage2_prior.imported.rudalle import RuDALLEPrior
+from stage2_prior.masks import Pattern, visible
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 from tessera.weights.foreign import Weights
@@ -194,7 +195,9 @@ def test_laws(prior: RuDALLEPrior) -> None:
 @pytest.mark.parametrize("kind", ["row", "column", "square"])
 @pytest.mark.parametrize(("text", "side", "reach"), [(5, 7, 2), (3, 4, 5), (1, 1, 0)])
 def test_patterns_equal_brute_force(kind: Pattern, text: int, side: int, reach: int, wraps: bool) -> None:
-    assert torch.equal(visible(kind, text, side, reach, wraps), brute_force(kind, text, side, reach, wraps))
+    places, pattern = torch.arange(text + side**2), "wrapped-square" if kind == "square" and wraps else kind
+    mask = visible(pattern, places, places, text, (side, side), 2 * reach + 1)
+    assert torch.equal(mask, brute_force(kind, text, side, reach, wraps))
 
 
 def test_text_is_read_as_youtokentome_reads_it(tmp_path: Path) -> None:

@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
-from stage2_prior.sampling.parts import draw_in_parts
-from stage2_prior.sampling.prune import (
-    Plan,
-    codes_drawn,
-    likelihood_gain,
-    most_promising,
-    plan_pruning,
-    sample_pruned,
-)
-from stage2_prior.sampling.sample import Drawing, draw, sample_scored
+from stage2_prior.sampling.memory import in_halves
+from stage2_prior.sampling.prune import Plan, best_of, count_codes, likelihood_gain, plan_pruning, sample_pruned
+from stage2_prior.sampling.sample import Sampler, batches, draw, sample_scored
 from stage2_prior.sampling.settings import filter_logits, guidance_at, guide
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
@@ -209,7 +202,7 @@ def test_given_codes_that_are_none_are_refused(prior):
 @pytest.fixture
 def no_collection(monkeypatch):
     """Collecting garbage takes a tenth of a second each time."""
-    monkeypatch.setattr("stage2_prior.sampling.parts.gc.collect", lambda: 0)
+    monkeypatch.setattr("stage2_prior.sampling.memory.gc.collect", lambda: 0)
 
 
 class Part(NamedTuple):
@@ -227,37 +220,37 @@ class Part(NamedTuple):
 )
 @pytest.mark.parametrize("prefixes", [1, 2, 3])
 @pytest.mark.parametrize("room", [1, 2, 5, 12])
-def test_what_does_not_fit_is_drawn_in_parts(error, prefixes, room, no_collection, capsys):
+def test_what_does_not_fit_is_sampled_in_parts(error, prefixes, room, no_collection, caplog):
     asked = []
 
-    def draw(which, seeds):
-        asked.append(len(seeds))
+    def run(which, seeds, batch_size):
         count = which.stop - which.start
-        assert count > 0 and len(seeds) % count == 0
-        if len(seeds) > room:
-            raise error
-        rows = [(which.start + i * count // len(seeds), seed) for i, seed in enumerate(seeds)]
-        return Part(torch.tensor(rows))
+        assert count > 0 and len(seeds) % count == 0 and (count == 1 or len(seeds) <= batch_size)
+        for batch in batches(seeds, batch_size):
+            asked.append(len(batch))
+            if len(batch) > room:
+                raise error
+        return Part(torch.tensor([(which.start + i * count // len(seeds), seed) for i, seed in enumerate(seeds)]))
 
     seeds = list(range(100, 112))
-    drawn = draw_in_parts(draw, prefixes, seeds)
-    assert drawn.rows.tolist() == [[i * prefixes // 12, seed] for i, seed in enumerate(seeds)]
-    said = capsys.readouterr().err
-    assert ("12 images at once do not fit in memory; drawing " in said) == (room < 12)
+    result = in_halves(run, slice(0, prefixes), seeds, 12)
+    assert result.rows.tolist() == [[i * prefixes // 12, seed] for i, seed in enumerate(seeds)]
+    assert ("12 images at once do not fit in memory; sampling " in caplog.text) == (room < 12)
     if room == 5:
-        assert asked == {1: [12, 6, 3, 3, 6, 3, 3], 2: [12, 6, 3, 3, 6, 3, 3], 3: [12, 4, 8, 4, 4]}[prefixes]
+        halves = [12, 6, 3, 3, 6, 3, 3]
+        assert asked == {1: [12, 6, 3, 3, 3, 3], 2: halves, 3: [12, 4, 8, 4, 4]}[prefixes]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("another"), MemoryError(), ValueError("allocate memory")])
 def test_what_parts_cannot_help_is_raised(error, no_collection):
     asked = []
 
-    def draw(which, seeds):
-        asked.append(len(seeds))
+    def run(which, seeds, batch_size):
+        asked.append(batch_size)
         raise error
 
     with pytest.raises(type(error)):
-        draw_in_parts(draw, 1, range(4))
+        in_halves(run, slice(0, 1), range(4), 4)
     assert asked == ([4, 2, 1] if isinstance(error, MemoryError) else [4])
 
 
@@ -284,13 +277,13 @@ def test_what_is_finished_is_what_the_full_run_draws(prior, batch_size, first_co
     for ours, whole in zip(pruned.sampled, full, strict=True):
         torch.testing.assert_close(ours, whole[best], rtol=0, atol=1e-5)
     assert torch.equal(pruned.sampled.codes, full.codes[best])
-    assert sum(counted) == codes_drawn(plan, 8, prior.length, given, batch_size)
+    assert sum(counted) == count_codes(plan, 8, prior.length, given, batch_size)
 
 
-def drawing_of_at_most(room):
-    """A Drawing that runs out of memory with more images."""
+def sampler_of_at_most(room):
+    """A Sampler that runs out of memory with more images."""
 
-    class Small(Drawing):
+    class Small(Sampler):
         def __init__(self, prior, prefix, seeds, *arguments, **options):
             if len(seeds) > room:
                 raise torch.OutOfMemoryError
@@ -301,16 +294,15 @@ def drawing_of_at_most(room):
 
 @pytest.mark.parametrize("prompts", [1, 2, 3])
 @pytest.mark.parametrize("room", [1, 4, 9])
-def test_pruning_out_of_memory_finishes_the_same_images(prior, prompts, room, no_collection, monkeypatch, capsys):
+def test_pruning_out_of_memory_finishes_the_same_images(prior, prompts, room, no_collection, monkeypatch, caplog):
     prefix, sampling = prior.prefix([*TEXTS, "a cat"][:prompts]), Sampling(guidance_scale=2)
     plan, seeds = plan_pruning(6, prior.length, 0.5), [*range(6)] * prompts
     whole = sample_pruned(prior, prefix, seeds, plan, sampling)
-    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", drawing_of_at_most(room))
+    monkeypatch.setattr("stage2_prior.sampling.prune.Sampler", sampler_of_at_most(room))
     pruned = sample_pruned(prior, prefix, seeds, plan, sampling)
     assert torch.equal(pruned.chosen, whole.chosen) and torch.equal(pruned.sampled.codes, whole.sampled.codes)
-    expected = {1: (6, "drawing 3 at once"), 2: (12, "drawing 6 and 6"), 3: (18, "drawing 6 and 12")}[prompts]
-    said = capsys.readouterr().err
-    assert (f"{expected[0]} images at once do not fit in memory; {expected[1]}" in said) == (room < 6 * prompts)
+    expected = {1: (6, "sampling 3 at once"), 2: (12, "sampling 6 and 6"), 3: (18, "sampling 6 and 12")}[prompts]
+    assert (f"{expected[0]} images at once do not fit in memory; {expected[1]}" in caplog.text) == (room < 6 * prompts)
 
 
 def test_several_prompts_are_pruned_each_by_itself(prior):
@@ -323,16 +315,16 @@ def test_several_prompts_are_pruned_each_by_itself(prior):
         assert torch.equal(alone.sampled.codes, together.sampled.codes.view(2, plan.survivors, -1)[i])
 
 
-def test_another_promise_decides(prior):
-    prefix, plan, seen = prior.prefix(TEXTS[:1]), plan_pruning(6, prior.length, 0.6), []
+def test_another_score_decides(prior):
+    prefix, plan, calls = prior.prefix(TEXTS[:1]), plan_pruning(6, prior.length, 0.6), []
 
-    def promise(number, codes):
-        seen.append((number, codes))
+    def scorer(number, codes):
+        calls.append((number, codes))
         return torch.tensor([0.0, 3.0, 1.0, 3.0, 2.0, 9.0])
 
-    pruned = sample_pruned(prior, prefix, range(6), plan, promise=promise)
+    pruned = sample_pruned(prior, prefix, range(6), plan, scorer=scorer)
     assert pruned.chosen.tolist() == [sorted([5, 1, 3, 4, 2][: plan.survivors])]
-    ((number, codes),) = seen
+    ((number, codes),) = calls
     assert number == 0 and torch.equal(codes, sample(prior, prefix, range(6))[:, : plan.position])
     with pytest.raises(InputError, match="takes guidance; set a guidance_scale other than 1, or prune by the reranker"):
         sample_pruned(prior, prefix, range(6), plan)
@@ -351,30 +343,30 @@ def test_a_plan_keeps_to_its_budget(candidates, length, given):
             continue
         assert given < plan.position < length and 1 <= plan.survivors < candidates
         whole = candidates * (length - given)
-        drawn = codes_drawn(plan, candidates, length, given, candidates)
+        drawn = count_codes(plan, candidates, length, given, candidates)
         assert hundredths / 100 * whole - candidates < drawn <= hundredths / 100 * whole + 1e-6
 
 
 def test_the_first_among_equals_stays():
-    promises = torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    assert most_promising(promises, 2).tolist() == [[1, 2], [0, 1]]
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
+    assert best_of(scores, 2).tolist() == [[1, 2], [0, 1]]
 
 
-def test_kept_images_go_on_as_they_would_have(prior):
+def test_images_that_are_kept_are_finished_as_they_would_have_been(prior):
     prefix, sampling = prior.prefix(TEXTS[:1]), SETTINGS[1]
-    drawing = Drawing(prior, prefix, range(5), sampling)
-    drawing.advance(4)
-    drawing.keep(torch.tensor([3, 0]))
-    drawing.advance(prior.length)
-    assert torch.equal(drawing.codes, sample(prior, prefix, [3, 0], sampling))
+    sampler = Sampler(prior, prefix, range(5), sampling)
+    sampler.advance(4)
+    sampler.keep(torch.tensor([3, 0]))
+    sampler.advance(prior.length)
+    assert torch.equal(sampler.codes, sample(prior, prefix, [3, 0], sampling))
 
 
 def test_the_likelihood_gain_is_the_prompt_s_less_a_quarter_of_the_null_s(prior):
-    drawing = Drawing(prior, prior.prefix(TEXTS[:1]), range(4), Sampling(guidance_scale=2), scored=True)
-    drawing.advance(5)
-    expected = (drawing.log_probs - drawing.null_log_probs / 4).sum(1)
-    torch.testing.assert_close(likelihood_gain(drawing), expected)
-    assert (drawing.null_log_probs[:, :5] < 0).all() and not drawing.null_log_probs[:, 5:].any()
+    sampler = Sampler(prior, prior.prefix(TEXTS[:1]), range(4), Sampling(guidance_scale=2), scored=True)
+    sampler.advance(5)
+    expected = (sampler.log_probs - sampler.null_log_probs / 4).sum(1)
+    torch.testing.assert_close(likelihood_gain(sampler), expected)
+    assert (sampler.null_log_probs[:, :5] < 0).all() and not sampler.null_log_probs[:, 5:].any()
 
 
 @pytest.mark.parametrize("nulls", [["a dog"], ["a cat", "a dog"], None])
@@ -383,7 +375,7 @@ def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls, room, no_
     """Each prompt from its own or from the only one, also where memory has the prompts drawn one after the other."""
     prefix, plan, sampling = prior.prefix(TEXTS), plan_pruning(6, prior.length, 0.5), Sampling(guidance_scale=2)
     null = None if nulls is None else prior.prefix(nulls)
-    monkeypatch.setattr("stage2_prior.sampling.prune.Drawing", drawing_of_at_most(room))
+    monkeypatch.setattr("stage2_prior.sampling.prune.Sampler", sampler_of_at_most(room))
     pruned = sample_pruned(prior, prefix, [*range(6)] * 2, plan, sampling, null=null)
     whole = sample(prior, prefix, [*range(6)] * 2, sampling, null=null)
     rows = (pruned.chosen + torch.tensor([[0], [6]])).flatten()
@@ -393,5 +385,5 @@ def test_pruning_steers_away_from_the_null_that_is_given(prior, nulls, room, no_
 def test_what_pruning_draws_is_counted_by_hand():
     """5 of 8 candidates to position 4 of 10, of which 1 code is given: 8 x 3 and 5 x 6, and 5 x 3 again in parts."""
     plan = Plan(position=4, survivors=5)
-    assert codes_drawn(plan, 8, 10, 1, batch_size=8) == 24 + 30
-    assert codes_drawn(plan, 8, 10, 1, batch_size=7) == 24 + 30 + 15
+    assert count_codes(plan, 8, 10, 1, batch_size=8) == 24 + 30
+    assert count_codes(plan, 8, 10, 1, batch_size=7) == 24 + 30 + 15

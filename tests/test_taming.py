@@ -22,7 +22,7 @@ from pipelines.convert import convert
 from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
-from stage2_prior.taming import TamingPrior
+from stage2_prior.imported.taming import TamingPrior
 from tessera.errors import InputError
 from tests.prior_laws import check_laws
 from tests.test_convert_tokenizers import Reference, random_vqgan

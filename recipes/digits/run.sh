@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Digits by class from nothing: data -> image tokenizer -> codes -> GPT and PixelCNN -> bundles -> figures. Some minutes
-# on a CPU core; started again, it goes on where it stopped.
+# on a CPU core; run it again and it resumes.
 #
 #   pip install -e '.[digits,track]'; recipes/digits/run.sh
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The shipped bundle from nothing: font -> pictures -> text tokenizer, reranker, image tokenizer, codes, prior -> bundle
-# -> figures. Every step can be killed and started again; trainings go on from their newest checkpoint.
+# The shipped bundle from nothing: font -> images -> text tokenizer, reranker, image tokenizer, codes, prior -> bundle
+# -> figures. Every step can be killed and run again; trainings resume from their newest checkpoint.
 #
 #   pip install -e '.[emoji,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/emoji/run.sh              two CPU cores, 64x64 pixels, some hours
@@ -31,22 +31,22 @@ tessera train reranker recipes/emoji/reranker.yaml "${reranker[@]}"
 tessera train tokenizer recipes/emoji/tokenizer.yaml "${tokenizer[@]}"
 tessera encode recipes/emoji/codes.yaml
 tessera train prior recipes/emoji/prior.yaml "${prior[@]}"
-# Then names above all: the same pictures, most draws of them plain.
+# Then mostly names: the same data, with most of the sampling weight on plain images.
 [[ -f data/emoji-names/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-names --size "$size" --shares 85 5.5 2.7 6.8 --times 0.21
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-names output=runs/emoji/codes-names
 tessera train prior recipes/emoji/prior_names.yaml "${names[@]}"
-# Names alone cost new skin tones and colours; between the two priors lies one that has most of both.
+# Training on names alone loses unseen skin tones and colours; an average of the two priors keeps most of both.
 python recipes/emoji/average.py runs/emoji/prior/model runs/emoji/prior-names/model runs/emoji/prior-average --share 0.6 \
   --text-tokenizer runs/emoji/text_tokenizer
-# Codes of single patches, drawn by a prior that begins with the text and the blocks of that one, from half as many
-# pictures more: so it learns what a thing looks like anywhere.
+# Codes of single patches, and a prior over them that starts from the text embeddings and blocks of the first one, on half
+# as many images more. What it learns of a glyph then holds at any place.
 [[ -f data/emoji-longer/metadata.jsonl ]] || python recipes/emoji/prepare.py --out data/emoji-longer --size "$size" --shares 44 27 8 21 --times 1.5
 tessera train reranker recipes/emoji/reranker_details.yaml "${details[@]}"
 tessera train tokenizer recipes/emoji/tokenizer_patches.yaml "${patches[@]}"
 tessera encode recipes/emoji/codes.yaml data.folder=data/emoji-longer image_tokenizer=runs/emoji-patches/tokenizer/model \
   output=runs/emoji-patches/codes
 tessera train prior recipes/emoji/prior_patches.yaml "${patch_prior[@]}"
-# Then backgrounds above all, and again what lies between before and after.
+# Then mostly backgrounds, and again an average of before and after.
 if [[ ! -f data/emoji-backgrounds/metadata.jsonl ]]; then
   python recipes/emoji/prepare.py --out data/emoji-backgrounds --size "$size" --shares 20 65 4 11 --times 1.5
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The equal-compute table of docs/family.md and its pictures, from nothing. Can be killed and started again.
+# The equal-compute table of docs/family.md and its images, from nothing. Can be killed and run again.
 #
 #   pip install -e '.[emoji,metrics,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/family/run.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches the shipped model a new subject from twenty pictures, and measures what it learned and what it forgot.
+# Teaches the shipped model a new subject from twenty images, and measures what it learned and what it forgot.
 #
 #   pip install -e '.[emoji,lora,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/lora_subject/run.sh

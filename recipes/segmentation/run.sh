@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pictures from segmentation maps, from nothing: data -> tokenizers of pictures and of maps -> codes of both ->
-# PixelCNN -> bundle -> figures. Twenty minutes on two CPU cores; started again, it goes on where it stopped.
+# Images from segmentation maps, from nothing: data -> tokenizers of images and of maps -> codes of both ->
+# PixelCNN -> bundle -> figures. Twenty minutes on two CPU cores; run it again and it resumes.
 #
 #   pip install -e '.[emoji,track]'; apt-get install fonts-noto-color-emoji
 #   recipes/segmentation/run.sh

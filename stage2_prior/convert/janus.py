@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from stage1_tokenizer.convert.janus import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, check_vocabulary, foreign_vocabulary
-from stage2_prior.janus import PROMPT, JanusConfig, JanusPrior
+from stage2_prior.imported.janus import PROMPT, JanusConfig, JanusPrior
 from stage2_prior.sampling import Sampling
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
@@ -123,7 +123,7 @@ def read(
     original = "gen_embed.weight" in weights
     names = _original_names(weights) if original else _transformers_names(weights)
     llama = LLAMA | (section(config, "language_config") or section(config, "text_config"))
-    theirs = str(names["language_model.embed_tokens"]).removesuffix("embed_tokens")
+    theirs = str(names["text_embedding"]).removesuffix("embed_tokens")
     vocabulary, dim = weights.shape(f"{theirs}embed_tokens.weight")
     depth = weights.count(theirs + "layers.{}.input_layernorm.weight")
     heads, mlp_dim = _number(llama, "num_attention_heads"), weights.shape(f"{theirs}layers.0.mlp.gate_proj.weight")[0]
@@ -172,17 +172,22 @@ def read(
         ),
     )
     for layer in range(depth):
-        ours, own = f"language_model.layers.{layer}", f"{theirs}layers.{layer}"
-        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                     "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"):  # fmt: skip
-            names[f"{ours}.{part}"] = f"{own}.{part}"
+        block, source = f"decoder.blocks.{layer}", f"{theirs}layers.{layer}"
+        names |= {
+            f"{block}.attention_norm": f"{source}.input_layernorm",
+            f"{block}.attention.qkv": tuple(f"{source}.self_attn.{part}_proj" for part in "qkv"),
+            f"{block}.attention.out": f"{source}.self_attn.o_proj",
+            f"{block}.mlp_norm": f"{source}.post_attention_layernorm",
+            f"{block}.mlp_in": (f"{source}.mlp.gate_proj", f"{source}.mlp.up_proj"),
+            f"{block}.mlp_out": f"{source}.mlp.down_proj",
+        }
     return build(JanusPrior, made, weights, names, text_tokenizer)
 
 
 def _transformers_names(weights: Weights) -> dict[str, str | tuple[str, ...]]:
     names: dict[str, str | tuple[str, ...]] = {
-        "language_model.embed_tokens": "language_model.embed_tokens",
-        "language_model.norm": "language_model.norm",
+        "text_embedding": "language_model.embed_tokens",
+        "decoder.norm": "language_model.norm",
         "code_embedding": "generation_embeddings",
         "code_mlp.0": "generation_aligner.fc1",
         "head_in": "generation_head.proj_out",
@@ -195,8 +200,8 @@ def _transformers_names(weights: Weights) -> dict[str, str | tuple[str, ...]]:
 
 def _original_names(weights: Weights) -> dict[str, str | tuple[str, ...]]:
     names: dict[str, str | tuple[str, ...]] = {
-        "language_model.embed_tokens": "language_model.model.embed_tokens",
-        "language_model.norm": "language_model.model.norm",
+        "text_embedding": "language_model.model.embed_tokens",
+        "decoder.norm": "language_model.model.norm",
         "code_embedding": "gen_embed",
         "head_in": "gen_head.output_mlp_projector",
         "head_out": "gen_head.vision_head",

@@ -17,9 +17,9 @@ from stage1_tokenizer.convert.llamagen import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import LARGEST_SIZE
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
-from stage2_prior.llamagen import LlamaGenConfig, LlamaGenPrior
+from stage2_prior.imported.llamagen import LlamaGenConfig, LlamaGenPrior
+from stage2_prior.imported.t5 import FILES
 from stage2_prior.sampling import Sampling
-from stage2_prior.t5 import FILES
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
 from tessera.weights.foreign import Weights, read_settings, read_tensors
@@ -40,7 +40,7 @@ NAMES = {
     "feature_in": "cls_embedding.cap_proj.fc1",
     "feature_out": "cls_embedding.cap_proj.fc2",
     "code_embedding": "tok_embeddings",
-    "norm": "norm",
+    "decoder.norm": "norm",
     "code_head": "output",
 }
 
@@ -109,14 +109,13 @@ def read(weights: Weights, given: Settings, side: int) -> LlamaGenPrior:
     )
     names: dict[str, str | tuple[str, ...]] = dict(NAMES)
     for layer in range(depth):
-        ours, theirs = f"blocks.{layer}", f"layers.{layer}"
+        ours, theirs = f"decoder.blocks.{layer}", f"layers.{layer}"
         names |= {
             f"{ours}.attention_norm": f"{theirs}.attention_norm",
-            f"{ours}.qkv": f"{theirs}.attention.wqkv",
-            f"{ours}.out": f"{theirs}.attention.wo",
+            f"{ours}.attention.qkv": f"{theirs}.attention.wqkv",
+            f"{ours}.attention.out": f"{theirs}.attention.wo",
             f"{ours}.mlp_norm": f"{theirs}.ffn_norm",
-            f"{ours}.mlp_gate": f"{theirs}.feed_forward.w1",
-            f"{ours}.mlp_in": f"{theirs}.feed_forward.w3",
+            f"{ours}.mlp_in": (f"{theirs}.feed_forward.w1", f"{theirs}.feed_forward.w3"),
             f"{ours}.mlp_out": f"{theirs}.feed_forward.w2",
         }
     return build(LlamaGenPrior, config, weights, names, None)

@@ -133,35 +133,43 @@ def _names(config: BartConfig) -> dict[str, str | tuple[str, ...]]:
         "text_embedding.weight": ("specials", "e.embed_tokens.weight"),
         "text_position": "e.embed_positions",
         "text_norm": "e.layernorm_embedding",
-        "encoder_norm": "e.final_ln",
+        "encoder.norm": "e.final_ln",
         "start": "start",
         "code_embedding.weight": "codes",
         "code_position": "d.embed_positions",
         "code_norm": "d.layernorm_embedding",
-        "norm": "d.final_ln",
+        "decoder.norm": "d.final_ln",
         "head.weight": "head",
     }
     for layer in range(config.encoder_depth):
-        names |= _attention(f"encoder.{layer}.attention", f"e.layers.{layer}", "self_attn")
-        names |= _mlp(f"encoder.{layer}.mlp", f"e.layers.{layer}.glu")
+        names |= _block(f"encoder.blocks.{layer}", f"e.layers.{layer}")
     for layer in range(config.depth):
-        names |= _attention(f"decoder.{layer}.attention", f"d.layers.{layer}", "self_attn")
-        names |= _attention(f"decoder.{layer}.cross", f"d.layers.{layer}", "encoder_attn")
-        names |= _mlp(f"decoder.{layer}.mlp", f"d.layers.{layer}.glu")
+        names |= _block(f"decoder.blocks.{layer}", f"d.layers.{layer}") | _cross(layer)
     return names
 
 
-def _attention(ours: str, layer: str, theirs: str) -> dict[str, str]:
-    parts = {f"{ours}.{part}": f"{layer}.{theirs}.{part}_proj" for part in ("q", "k", "v", "out")}
-    return parts | {
-        f"{ours}.norm": f"{layer}.pre_{theirs}_layer_norm",
-        f"{ours}.norm_out": f"{layer}.{theirs}_layer_norm",
+def _block(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
+    return {
+        f"{ours}.attention_norm": f"{theirs}.pre_self_attn_layer_norm",
+        f"{ours}.attention.qkv": tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv"),
+        f"{ours}.attention.out": f"{theirs}.self_attn.out_proj",
+        f"{ours}.attention_norm_out": f"{theirs}.self_attn_layer_norm",
+        f"{ours}.mlp_norm": f"{theirs}.glu.ln0",
+        f"{ours}.mlp_in": (f"{theirs}.glu.fc0", f"{theirs}.glu.fc1"),
+        f"{ours}.mlp_hidden_norm": f"{theirs}.glu.ln1",
+        f"{ours}.mlp_out": f"{theirs}.glu.fc2",
     }
 
 
-def _mlp(ours: str, theirs: str) -> dict[str, str]:
-    parts = {"norm": "ln0", "gate": "fc0", "value": "fc1", "inner_norm": "ln1", "out": "fc2"}
-    return {f"{ours}.{part}": f"{theirs}.{name}" for part, name in parts.items()}
+def _cross(layer: int) -> dict[str, str | tuple[str, ...]]:
+    ours, theirs = f"decoder.blocks.{layer}", f"d.layers.{layer}"
+    names: dict[str, str | tuple[str, ...]] = {
+        f"{ours}.cross.{part}": f"{theirs}.encoder_attn.{part}_proj" for part in ("q", "k", "v", "out")
+    }
+    return names | {
+        f"{ours}.cross_norm": f"{theirs}.pre_encoder_attn_layer_norm",
+        f"{ours}.cross_norm_out": f"{theirs}.encoder_attn_layer_norm",
+    }
 
 
 def read_text_tokenizer(vocabulary: Path, merges: Path) -> TextTokenizer:

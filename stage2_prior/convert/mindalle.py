@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from stage1_tokenizer.convert.mindalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished, read_merges, read_vocabulary
-from stage2_prior.mindalle import MinDALLEConfig, MinDALLEPrior
+from stage2_prior.imported.mindalle import MinDALLEConfig, MinDALLEPrior
 from stage2_prior.sampling import Sampling
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
@@ -33,7 +33,7 @@ NAMES = {
     "text_position": "pos_emb_txt",
     "code_embedding": "tok_emb_img",
     "code_position": "pos_emb_img",
-    "norm": "ln_f",
+    "decoder.norm": "ln_f",
     "text_head": "head_txt",
     "code_head": "head_img",
 }
@@ -104,12 +104,12 @@ def read(weights: Weights, settings: dict[str, Any], text_tokenizer: TextTokeniz
     )
     names: dict[str, str | tuple[str, ...]] = dict(NAMES)
     for layer in range(depth):
-        ours, theirs = f"blocks.{layer}", f"blocks.{layer}"
+        ours, theirs = f"decoder.blocks.{layer}", f"blocks.{layer}"
         names |= {
             f"{ours}.attention_norm": f"{theirs}.ln1",
             f"{ours}.mlp_norm": f"{theirs}.ln2",
-            f"{ours}.qkv": (f"{theirs}.attn.query", f"{theirs}.attn.key", f"{theirs}.attn.value"),
-            f"{ours}.out": f"{theirs}.attn.proj",
+            f"{ours}.attention.qkv": (f"{theirs}.attn.query", f"{theirs}.attn.key", f"{theirs}.attn.value"),
+            f"{ours}.attention.out": f"{theirs}.attn.proj",
             f"{ours}.mlp_in": f"{theirs}.mlp.0",
             f"{ours}.mlp_out": f"{theirs}.mlp.2",
         }

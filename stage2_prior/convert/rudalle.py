@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from stage1_tokenizer.convert.rudalle import read as read_tokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, bpe, build, check_vocabulary, finished
-from stage2_prior.rudalle import END, PADDING, START, RuDALLEConfig, RuDALLEPrior
+from stage2_prior.imported.rudalle import END, PADDING, START, RuDALLEConfig, RuDALLEPrior
 from stage2_prior.sampling import Sampling
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
@@ -101,17 +101,17 @@ def read(weights: Weights, given: Settings, text_tokenizer: TextTokenizer) -> Ru
         "code_embedding": "image_embeddings",
         "row_position": "image_row_embeddings",
         "column_position": "image_col_embeddings",
-        "norm": "transformer.final_layernorm",
+        "decoder.norm": "transformer.final_layernorm",
         "head_norm": "to_logits.0",
         "text_head": "text_head",
         "code_head": "code_head",
     }
     for layer in range(depth):
-        ours, theirs = f"blocks.{layer}", f"transformer.layers.{layer}"
+        ours, theirs = f"decoder.blocks.{layer}", f"transformer.layers.{layer}"
         names |= {
             f"{ours}.attention_norm": f"{theirs}.input_layernorm",
-            f"{ours}.qkv": f"{theirs}.attention.query_key_value",
-            f"{ours}.out": f"{theirs}.attention.dense",
+            f"{ours}.attention.qkv": f"{theirs}.attention.query_key_value",
+            f"{ours}.attention.out": f"{theirs}.attention.dense",
             f"{ours}.attention_norm_out": f"{theirs}.before_first_addition_layernorm",
             f"{ours}.mlp_norm": f"{theirs}.post_attention_layernorm",
             f"{ours}.mlp_in": f"{theirs}.mlp.dense_h_to_4h",

@@ -19,8 +19,8 @@ from stage1_tokenizer.convert.taming import IGNORED as TOKENIZER_IGNORED
 from stage1_tokenizer.convert.vqgan import Converted as ConvertedTokenizer
 from stage1_tokenizer.convert.vqgan import build as build_tokenizer
 from stage2_prior.convert.base import Converted, build, one_file
+from stage2_prior.imported.taming import TamingConfig, TamingPrior
 from stage2_prior.sampling import Sampling
-from stage2_prior.taming import TamingConfig, TamingPrior
 from tessera.config import Config, Origin, validate
 from tessera.errors import InputError
 from tessera.weights.containers import matching
@@ -133,18 +133,18 @@ def read(
     names: dict[str, str | tuple[str, ...]] = {
         "embedding": "tok_emb",
         "position": "position",
-        "norm": "ln_f",
+        "decoder.norm": "ln_f",
         "head": "head",
     }
     for layer in range(depth):
-        block = f"blocks.{layer}"
+        ours, theirs = f"decoder.blocks.{layer}", f"blocks.{layer}"
         names |= {
-            f"{block}.attention_norm": f"{block}.ln1",
-            f"{block}.mlp_norm": f"{block}.ln2",
-            f"{block}.qkv": (f"{block}.attn.query", f"{block}.attn.key", f"{block}.attn.value"),
-            f"{block}.out": f"{block}.attn.proj",
-            f"{block}.mlp_in": f"{block}.mlp.0",
-            f"{block}.mlp_out": f"{block}.mlp.2",
+            f"{ours}.attention_norm": f"{theirs}.ln1",
+            f"{ours}.mlp_norm": f"{theirs}.ln2",
+            f"{ours}.attention.qkv": (f"{theirs}.attn.query", f"{theirs}.attn.key", f"{theirs}.attn.value"),
+            f"{ours}.attention.out": f"{theirs}.attn.proj",
+            f"{ours}.mlp_in": f"{theirs}.mlp.0",
+            f"{ours}.mlp_out": f"{theirs}.mlp.2",
         }
     return build(TamingPrior, config, weights, names, None)
 

@@ -1,14 +1,14 @@
-"""Speculative Jacobi decoding (Teng et al. 2024): several positions a step, each drawn from a guess of those before it.
+"""Speculative Jacobi decoding (Teng et al. 2024): several positions a step, each sampled given a guess of those before.
 
-A step reads a window of guessed positions at once and draws every one of them anew. The first is right, for all before
-it is known; the next is right when the guess it was drawn from turned out so, and so on up to the first wrong guess.
-What was drawn behind it are the next step's guesses. Where a step's time goes into reading the weights, a window costs
-little more than one position.
+A step reads a window of guessed positions at once and samples every one of them again. The first is right, because all
+before it are known; the next is right when the guess before it was, and so on up to the first wrong guess. What was
+sampled behind it are the next step's guesses. Where a step's time goes into reading the weights, a window costs little
+more than one position.
 
-Deliberate difference from Teng et al.: there a guess is accepted by a coin and drawn anew where it falls; here the
-noise of each code is that of its place in `sample` (the coupling of So et al. 2025), so that with its noise a draw is a
-function of the codes before it, and decoding a fixed-point iteration as in Song et al. 2021 for greedy decoding. A
-guess is accepted when it is what `sample` draws: the same seed gives the same image, code for code, not only the same
+Deliberate difference from Teng et al.: there a guess is accepted at random and sampled again if it is not; here the
+noise of each code is that of its position in `sample` (the coupling of So et al. 2025), so that with its noise a code
+is a function of the codes before it, and decoding a fixed-point iteration as in Song et al. 2021 for greedy decoding. A
+guess is accepted when it is what `sample` samples: the same seed gives the same image, code for code, not only the same
 distribution; and guesses settle as soon as the noise outweighs what the wrong codes before them change.
 
 Letters: N sequences, S positions of a window, Q codebooks, K codebook size, T = positions · Q codes an image.
@@ -22,15 +22,16 @@ from torch import Tensor
 
 from stage2_prior.base import Prior
 from stage2_prior.sampling.cpu import CPUCache, CPUEngine
-from stage2_prior.sampling.engine import accelerated
+from stage2_prior.sampling.engine import Engine
 from stage2_prior.sampling.noise import draw_with, words_of
 from stage2_prior.sampling.sample import Progress, sample
+from stage2_prior.sampling.selection import make_engine
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 from tessera.errors import InputError
 
 
 class Speculated(NamedTuple):
-    codes: Tensor  # (N, T) int64, what `sample` draws
+    codes: Tensor  # (N, T) int64, what `sample` gives
     steps: Tensor  # (N,) int64, how many times the trunk ran for each image; `sample` takes one a position
 
 
@@ -42,19 +43,22 @@ def sample_speculatively(
     sampling: Sampling | None = None,
     window: int = 4,
     progress: Progress | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> Speculated:
-    """What `sample` draws from one prefix (1, P) for each seed, in fewer steps; for few seeds.
+    """What `sample` gives for one prefix (1, P) and each seed, in fewer steps; for few seeds.
 
-    `progress(n)` is called when n more codes are known. A prior without an engine on the CPU is sampled plainly,
-    one position a step. Raises InputError for several prefixes, no seeds, or a window below 1.
+    `progress(n)` is called when n more codes are known; `engine` as of `sample`. With another engine than the CPU's the
+    prior is sampled plainly, one position a step. Raises InputError for several prefixes, no seeds, a window below 1.
     """
     if len(prefix) != 1 or not seeds:
         raise InputError(f"speculation takes one prefix and some seeds, got {len(prefix)} and {len(seeds)}")
     if window < 1:
         raise InputError(f"window must be at least 1, got {window}")
-    engine = accelerated(prior)
+    engine = engine or make_engine(prior)
+    engine.check(prior)
     if not isinstance(engine, CPUEngine):
-        codes = sample(prior, prefix, seeds, sampling, progress)
+        codes = sample(prior, prefix, seeds, sampling, progress, engine=engine)
         return Speculated(codes, torch.full((len(seeds),), prior.length // prior.code_shape[0]))
     return _Decoding(prior, engine, prefix, seeds, sampling or Sampling(), window).run(progress)
 
@@ -68,16 +72,15 @@ class _Decoding:
         count, self.num_codebooks = len(seeds), prior.code_shape[0]
         self.length = prior.length // self.num_codebooks  # positions
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        words = torch.stack(
-            [words_of(generators) for _ in range(prior.length)], 1
-        )  # (N, T, 2), in the order of `sample`
-        # Windows reach beyond the last position: their words are there, their codes are thrown away.
+        # In the order of `sample`, (N, T, 2).
+        words = torch.stack([words_of(generators) for _ in range(prior.length)], 1)
+        # Windows reach beyond the last position: the words there are 0, the codes are thrown away.
         shape = count, self.length + window + 1, self.num_codebooks
         self.words = torch.zeros(*shape, 2, dtype=torch.int32)
         self.words[:, : self.length] = words.view(count, self.length, self.num_codebooks, 2)
         scales = [guidance_at(sampling, min(t, prior.length - 1), prior.length) for t in range(shape[1] * shape[2])]
         self.scales = torch.tensor(scales).view(shape[1:])  # of guidance, (positions, Q)
-        self.codes = torch.zeros(shape, dtype=torch.int64)  # known up to `known`, guesses behind
+        self.codes = torch.zeros(shape, dtype=torch.int64)  # right up to position `known`, guesses behind
         self.steps = torch.ones(count, dtype=torch.int64)
 
         if self.guided:
@@ -95,7 +98,7 @@ class _Decoding:
         self.known = torch.ones(count, dtype=torch.int64)  # positions
 
     def run(self, progress: Progress | None) -> Speculated:
-        reported, left = 0, torch.arange(len(self.codes))  # the images under way, as the rows of the cache
+        reported, left = 0, torch.arange(len(self.codes))  # the unfinished images, in the order of the cache's rows
         while True:
             unfinished = self.known[left] < self.length
             if not unfinished.all():
@@ -111,20 +114,20 @@ class _Decoding:
             self._step(left)
 
     def _step(self, left: Tensor) -> None:
-        """Reads the last known position of each image and the guesses behind it, and draws what follows them."""
+        """Reads the last known position of each image and the guesses behind it, and samples what follows them."""
         most = int((self.length - self.known[left]).max())
         ahead = torch.arange(min(self.window, most))  # (S,)
         read = (self.known[left] - 1)[:, None] + ahead  # (n, S)
-        own = left[:, None]
-        codes = self.codes[own, read].flatten(1)  # (n, S·Q)
-        self.cache.start = (self.known[left] - 1).to(torch.int32).repeat(2 if self.guided else 1)
+        images = left[:, None]
+        codes = self.codes[images, read].flatten(1)  # (n, S·Q)
+        self.cache.length = (self.known[left] - 1).to(torch.int32).repeat(2 if self.guided else 1)
         states, logits = self.engine.head_logits(
             self.engine.advance(torch.cat([codes, codes]) if self.guided else codes, self.cache)
         )
-        drawn = self._draw(states, logits, self.words[own, read + 1], self.scales[read + 1])  # (n, S, Q)
-        right = (drawn[:, :-1] == self.codes[own, read[:, 1:]]).all(-1)  # guesses that were drawn again
+        sampled = self._draw(states, logits, self.words[images, read + 1], self.scales[read + 1])  # (n, S, Q)
+        right = (sampled[:, :-1] == self.codes[images, read[:, 1:]]).all(-1)  # guesses that came out again
         accepted = 1 + right.cumprod(1).sum(1)
-        self.codes[own, read + 1] = drawn
+        self.codes[images, read + 1] = sampled
         self.known[left] += accepted
         self.steps[left] += 1
 
@@ -133,14 +136,14 @@ class _Decoding:
 
         -> codes (n, S, Q).
         """
-        drawn = torch.empty(*words.shape[:2], 0, dtype=torch.int64)
+        sampled = torch.empty(*words.shape[:2], 0, dtype=torch.int64)
         for q in range(self.num_codebooks):
             if q > 0:
-                logits = self.engine.depth_logits(states, torch.cat([drawn, drawn]) if self.guided else drawn)
+                logits = self.engine.depth_logits(states, torch.cat([sampled, sampled]) if self.guided else sampled)
             flat = logits.flatten(0, 1)
             if self.guided:
                 conditional, unconditional = flat.chunk(2)
                 flat = guide(conditional, unconditional, scales[..., q].reshape(-1, 1), self.sampling.plausibility)
             codes = draw_with(filter_logits(flat, self.sampling), words[:, :, q].flatten(0, 1))
-            drawn = torch.cat([drawn, codes.view(*drawn.shape[:2], 1)], dim=-1)
-        return drawn
+            sampled = torch.cat([sampled, codes.view(*sampled.shape[:2], 1)], dim=-1)
+        return sampled

@@ -1,18 +1,19 @@
 """Products with weights of 8 bits on an NVIDIA GPU, by torch's own kernels: int8, or e4m3 (Micikevicius et al. 2022).
 
-Both sides are scaled: each output's weights once, each row that is multiplied when it comes ("vector-wise", Dettmers
+Both sides are scaled: the weights of an output once, a row that is multiplied when it comes ("vector-wise", Dettmers
 et al. 2022, section 2.1). On a CPU the same code runs for the tests; `kernels.cpp` has the int8 that is fast there.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stage2_prior.sampling.settings import Precision
-from stage2_prior.transformer import Block
+from stage2_prior.sampling.weights import LayerWeights
 from tessera.errors import InputError
 
 FEWEST = 32  # rows that `_int_mm` multiplies on a GPU
@@ -29,7 +30,7 @@ def without_fp8() -> str:
 
 
 class Products(NamedTuple):
-    """The products of a block, (N, in) -> (N, out) each."""
+    """The products of a layer, (N, in) -> (N, out) each."""
 
     qkv: Product
     out: Product
@@ -37,22 +38,22 @@ class Products(NamedTuple):
     mlp_out: Product
 
 
-def products(block: Block, precision: Precision) -> Products:
-    """The block's own layers, or copies of their weights in 8 bits."""
-    layers = (block.attention.qkv, block.attention.out, block.mlp_in, block.mlp_out)
+def products(layer: LayerWeights, precision: Precision) -> Products:
+    """With the weights as they are, or with copies in 8 bits."""
+    matrices = layer.qkv, layer.out, layer.mlp_in, layer.mlp_out
     match precision:
         case "int8":
-            return Products(*map(Int8, layers))
+            return Products(*map(Int8, matrices))
         case "fp8":
-            return Products(*map(FP8, layers))
+            return Products(*map(FP8, matrices))
         case "float32" | "bfloat16":
-            return Products(*layers)
+            return Products(*(partial(F.linear, weight=matrix) for matrix in matrices))
 
 
 class Int8:
-    def __init__(self, layer: nn.Linear) -> None:
-        weight, self.scale = to_int8(layer.weight.detach())
-        self.weight = weight.T  # (in, out), each output's weights side by side, as the kernel reads them
+    def __init__(self, weight: Tensor) -> None:
+        rounded, self.scale = to_int8(weight.detach())
+        self.weight = rounded.T  # (in, out), each output's weights side by side, as the kernel reads them
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, scale = to_int8(x)
@@ -62,11 +63,11 @@ class Int8:
 
 
 class FP8:
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight: Tensor) -> None:
         if reason := without_fp8():
             raise InputError(f"weights cannot be kept in fp8: {reason}")
-        weight, scale = to_fp8(layer.weight.detach())
-        self.weight, self.scale = weight.T, scale.T.contiguous()  # (in, out), (1, out)
+        rounded, scale = to_fp8(weight.detach())
+        self.weight, self.scale = rounded.T, scale.T.contiguous()  # (in, out), (1, out)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, scale = to_fp8(x)

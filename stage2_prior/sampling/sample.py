@@ -1,8 +1,8 @@
 """Ancestral sampling with a cache: the prefix is computed once for all candidates, guidance is more rows of the batch.
 
 An image depends on its prefix, its seed and the settings alone: every row has its own random generator, so candidate i
-is the same in a batch of 1 or 64. Every code uses its share of the generator whether it is drawn or given: with its own
-first codes given, a seed draws the same image again.
+is the same in a batch of 1 or 64. Every code uses its share of the generator whether it is sampled or given: with its
+own first codes given, a seed samples the same image again.
 
 Letters: R prefixes, N images, P prefix, T codes an image, K codebook size.
 """
@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from stage2_prior.base import Prior
-from stage2_prior.sampling.engine import engine_for
+from stage2_prior.sampling.engine import Engine
+from stage2_prior.sampling.memory import in_halves, joined
 from stage2_prior.sampling.noise import draw_with, words_of
-from stage2_prior.sampling.parts import draw_in_parts
+from stage2_prior.sampling.selection import make_engine
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 from tessera.errors import InputError
 
-Progress = Callable[[int], None]  # codes drawn since the last call
+Progress = Callable[[int], None]  # codes sampled since the last call
 
 
 class Sampled(NamedTuple):
     codes: Tensor  # (N, T) int64
-    log_probs: Tensor  # (N, T) float32, log p(code | prefix, codes before it), the prior's own: no guidance, no filters
-    drawn_log_probs: Tensor  # (N, T) float32, under what the code was drawn from; 0 for a code that was given
+    log_probs: Tensor  # (N, T) float32, log p(code | prefix, codes before it) of the prior: no guidance, no filters
+    drawn_log_probs: Tensor  # (N, T) float32, under the distribution that was sampled; 0 for a code that was given
 
 
 def sample(
@@ -38,16 +39,19 @@ def sample(
     *,
     null: Tensor | None = None,
     first_codes: Tensor | None = None,
+    engine: Engine | None = None,
 ) -> Tensor:
-    """Draws one image's codes for each seed: (N, T) int64 on the prior's device.
+    """Samples one image's codes for each seed: (N, T) int64 on the prior's device.
 
     `prefix` (R, P): each row serves N / R seeds in a row; one row serves all. `null` (1, P) or (R, P) is what guidance
     steers away from, by default the prior's null prefix. `first_codes` (n,), n < T, are the first codes of every image;
-    the rest is drawn. What does not fit in memory is drawn in parts: the same images, and a line says so. Raises
-    InputError when N is not a multiple of R, or for given codes that are not codes.
+    the others are sampled. `engine` is the prior's, None makes one for this call: make one with `make_engine` to sample
+    often. What does not fit in memory is sampled in parts: the same images, and a warning is logged. Raises InputError
+    when N is not a multiple of R, for given codes that are not codes, or for an engine that is not this prior's or that
+    holds weights from before a change.
     """
     return sample_scored(
-        prior, prefix, seeds, sampling, progress, null=null, first_codes=first_codes, scored=False
+        prior, prefix, seeds, sampling, progress, null=null, first_codes=first_codes, engine=engine, scored=False
     ).codes
 
 
@@ -60,22 +64,29 @@ def sample_scored(
     *,
     null: Tensor | None = None,
     first_codes: Tensor | None = None,
+    engine: Engine | None = None,
     scored: bool = True,
 ) -> Sampled:
     """`sample` with the log-probabilities of the codes, which cost one more softmax a code; zeros unless `scored`."""
     check_seeds(prefix, seeds)
+    used = engine or make_engine(prior)
 
-    def draw_some(which: slice, some: Sequence[int]) -> Sampled:
-        own = null if null is None or len(null) == 1 else null[which]
-        drawing = Drawing(prior, prefix[which], some, sampling, null=own, first_codes=first_codes, scored=scored)
-        drawing.advance(prior.length, progress)
-        return drawing.sampled
+    def sample_batches(prefixes: slice, seeds: Sequence[int], batch_size: int) -> Sampled:
+        nulls, results = rows_of(null, prefixes), []
+        for batch in batches(seeds, batch_size):
+            sampler = Sampler(
+                prior, prefix[prefixes], batch, sampling, null=nulls, first_codes=first_codes, engine=used,
+                scored=scored,
+            )  # fmt: skip
+            sampler.advance(prior.length, progress)
+            results.append(sampler.sampled)
+        return joined(results)
 
-    return draw_in_parts(draw_some, len(prefix), seeds)
+    return in_halves(sample_batches, slice(0, len(prefix)), seeds, len(seeds))
 
 
-class Drawing:
-    """Images under way: `advance` draws on, `keep` lets some of them go."""
+class Sampler:
+    """Images that are being sampled: `advance` samples further codes, `keep` drops images."""
 
     @torch.inference_mode()
     def __init__(
@@ -87,16 +98,19 @@ class Drawing:
         *,
         null: Tensor | None = None,
         first_codes: Tensor | None = None,
+        engine: Engine | None = None,
         scored: bool = False,
     ) -> None:
         """Reads the prefixes and the given codes; arguments as of `sample`. `scored` keeps log-probabilities."""
         check_seeds(prefix, seeds)
+        self.engine = engine or make_engine(prior)
+        self.engine.check(prior)
         self.prior, self.sampling, self.scored = prior, sampling or Sampling(), scored
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         given = check_first_codes(prior, first_codes).to(prefix.device)  # (n,)
-        self.given = self.position = len(given)  # codes given; codes there are
+        self.given = self.position = len(given)  # the first code that is sampled, the next one
 
-        # The unconditional rows stand below the conditional ones: one for all prefixes, or each prefix its own.
+        # The unconditional rows stand below the conditional ones: one for all prefixes, or one for each.
         rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(len(seeds) // len(prefix))
         images = rows
         if self.sampling.guided:
@@ -107,30 +121,30 @@ class Drawing:
         shape = len(seeds), prior.length
         self.codes = torch.zeros(shape, dtype=torch.int64, device=prefix.device)
         self.codes[:, : self.given] = given
-        # Kept when scored: under the prefix, under the null (when guided), and under what codes are drawn from.
+        # Kept when scored: under the prefix, under the null (when guided), under the distribution that is sampled.
         self.log_probs, self.null_log_probs, self.drawn_log_probs = self.codes.new_zeros(
             3, *shape, dtype=torch.float32
         ).unbind()
 
-        self.engine = engine_for(prior)
         logits, self.cache = self.engine.prefill(prefix, prior.length - 1)
         for position, code in enumerate(given):
             if scored:
                 values = logits.float().log_softmax(-1)[:, code][rows]
                 self.log_probs[:, position] = values[: len(images)]
                 self.null_log_probs[:, position] = values[-len(images) :]
-            words_of(self.generators)  # what drawing it would have taken
-            logits = self._read(code.expand(len(prefix)))
-        self.logits = logits[rows]  # (N, K), or (2N, K) when guided; of the code at `position` while none is drawn
+            words_of(self.generators)  # what sampling it would have taken
+            logits = self.engine.step(code.expand(len(prefix)), self.cache)
+        self.logits = logits[rows]  # (N, K), or (2N, K) when guided; of the code at `position` until one is sampled
         self.cache = self.cache.repeat(rows)
 
     @torch.inference_mode()
     def advance(self, until: int, progress: Progress | None = None) -> None:
-        """Draws the codes of all images up to position `until`."""
+        """Samples the codes of all images up to position `until`."""
         for position in range(self.position, until):
             if position > self.given:
                 last = self.codes[:, position - 1]
-                self.logits = self._read(torch.cat([last, last]) if self.sampling.guided else last)
+                rows = torch.cat([last, last]) if self.sampling.guided else last
+                self.logits = self.engine.step(rows, self.cache)
             self.codes[:, position] = self._draw(position)
             self.position = position + 1
             if progress is not None:
@@ -138,21 +152,17 @@ class Drawing:
 
     @property
     def sampled(self) -> Sampled:
-        """What there is so far; log-probabilities are 0 for codes that are not drawn yet, and unless `scored`."""
+        """The images so far; log-probabilities are 0 for codes that are not sampled yet, and unless `scored`."""
         return Sampled(self.codes, self.log_probs, self.drawn_log_probs)
 
     @torch.inference_mode()
     def keep(self, images: Tensor) -> None:
-        """Goes on with these images only, (M,) int64 in [0, N), in this order."""
+        """Drops all images but these, (M,) int64 in [0, N), in this order."""
         rows = torch.cat([images, images + len(self.codes)]) if self.sampling.guided else images
         self.logits, self.cache = self.logits[rows], self.cache.repeat(rows)
         self.codes, self.log_probs = self.codes[images], self.log_probs[images]
         self.null_log_probs, self.drawn_log_probs = self.null_log_probs[images], self.drawn_log_probs[images]
         self.generators = [self.generators[image] for image in images.tolist()]
-
-    def _read(self, codes: Tensor) -> Tensor:
-        """The codes of all rows of the cache -> logits of the next ones."""
-        return self.engine.step(codes, self.cache)
 
     def _draw(self, position: int) -> Tensor:
         """The logits -> a code for each image (N,)."""
@@ -179,6 +189,15 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 def log_prob(logits: Tensor, codes: Tensor) -> Tensor:
     """(N, K) and (N,) int64 -> log of each code's probability (N,)."""
     return logits.log_softmax(-1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+
+
+def rows_of(null: Tensor | None, prefixes: slice) -> Tensor | None:
+    """The null prefixes (1, P) or (R, P) of some of the R prefixes."""
+    return null if null is None or len(null) == 1 else null[prefixes]
+
+
+def batches(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
 
 def check_seeds(prefix: Tensor, seeds: Sequence[int]) -> None:

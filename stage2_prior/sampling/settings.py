@@ -1,4 +1,4 @@
-"""How codes are drawn: the settings, and what each does to the logits.
+"""How codes are sampled: the settings, and what each does to the logits.
 
 The order is fixed: guidance and its plausibility, temperature, top-k, top-p, min-p, each on what the one before left.
 Only the k likeliest count towards p, and min-p is a share of the likeliest code's probability, which neither top-k nor
@@ -57,7 +57,7 @@ def guide(
 
     A scale of each row is (N, 1). Codes of less than `plausibility` times the conditional probability of the
     conditionally likeliest get -inf: where both probabilities are tiny their ratio is noise, and a large scale would
-    draw by that (Li et al. 2023, "Contrastive decoding", equation 2).
+    sample by that (Li et al. 2023, "Contrastive decoding", equation 2).
     """
     conditional, unconditional = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     guided = unconditional + scale * (conditional - unconditional)
@@ -72,7 +72,7 @@ def _below(logits: Tensor, share: float) -> Tensor:
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, then top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024).
 
-    (N, K) -> (N, K) with -inf where nothing is drawn; the likeliest code always stays.
+    (N, K) -> (N, K) with -inf where nothing is sampled; the likeliest code always stays.
     """
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:

@@ -40,6 +40,7 @@ from tessera.errors import InputError, WriteError
 from tessera.files import parse_yaml, read_text, split_lines
 from tessera.hardware import has_accelerator, keep_memory, multiplies_bfloat16
 from tessera.images import contact_sheet, save_png, to_pil
+from tessera.native import accelerate_training
 from tessera.training.muon import Muon
 from tessera.weights.lock import FolderLock
 from tessera.weights.writing import new_file, refuse_foreign, write_text
@@ -142,6 +143,7 @@ class Run:
     def prepare(self, name: str, model: nn.Module, *, compile: bool = True) -> nn.Module:
         """Moves `model` to the device, wraps it for several processes and adds it to the checkpoints under `name`."""
         model.to(self.device)
+        accelerate_training(model)
         if self.config.compile and compile:
             model.compile()
         self.state[name] = model

@@ -75,10 +75,15 @@ def _load_shards(model: nn.Module, folder: Path) -> None:
     files = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{INDEX} has no weight_map")
-    missing = set(model.state_dict())
-    for name in sorted(set(files.values())):
+    missing, names = set(model.state_dict()), sorted(set(files.values()))
+    for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{INDEX} names {name}, which is no safetensors file of the folder")
+    if files.keys() != missing and model._load_state_dict_pre_hooks:
+        # Weights of an earlier release, whose parts may be in several files: a hook of the model renames them.
+        model.load_state_dict({key: value for name in names for key, value in load_file(folder / name).items()})
+        return
+    for name in names:
         shard = load_file(folder / name)
         if unexpected := sorted(shard.keys() - missing):
             raise ValueError(f"{name} has the weight {unexpected[0]}, which is not the model's or is there twice")

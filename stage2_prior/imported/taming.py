@@ -2,10 +2,10 @@
 
 Condition and image share one vocabulary, one embedding and one row of positions: a class label is the token of that
 number, a segmentation map is the codes of its own tokenizer. Nothing stands between the two; the last position of the
-condition foretells the first code. It never saw an image without its condition, so guidance has nothing to steer away
-from. Deliberate difference from the source: positions end where an image does, so it draws pictures of its own size.
+condition predicts the first code. It was trained without condition dropout, so it does not support guidance.
+Deliberate difference from the source: positions end where an image does, so it samples images of its own size.
 
-Letters: B batch, N sequences, P condition, S new positions, T codes per image, K codebook size, E width.
+Letters: B batch, P condition, n positions, K codebook size, E width.
 """
 
 import math
@@ -17,12 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stage2_prior.base import class_labels, flatten_codes
-from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
+from stage2_prior.decoder import Decoder, DecoderSpec
+from stage2_prior.decoder_prior import DecoderPrior, SingleCodebookConfig
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 
 
-class TamingConfig(BlocksConfig):
+class TamingConfig(SingleCodebookConfig):
     type: Literal["taming"] = "taming"
     num_classes: int | None = Field(None, ge=1)  # of a prior that draws from class labels
     segmentation_shape: tuple[int, int, int] | None = None  # Q, h, w of a map's codes, of a prior that draws from maps
@@ -58,23 +59,30 @@ class TamingConfig(BlocksConfig):
     def prefix_length(self) -> int:
         return 1 if self.segmentation_shape is None else math.prod(self.segmentation_shape)
 
+    @property
+    def decoder(self) -> DecoderSpec:
+        return DecoderSpec(
+            dim=self.dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            prefix_length=self.prefix_length,
+            grid=self.code_shape[1:],
+            look_ahead=self.looks_ahead,
+        )
 
-class TamingPrior(BlocksPrior):
+
+class TamingPrior(DecoderPrior):
     config: TamingConfig
-    knows_no_condition = False
+    supports_guidance = False
 
     def __init__(self, config: TamingConfig, text_tokenizer: TextTokenizer | None = None) -> None:
-        super().__init__()
-        self.config, self.text_tokenizer = config, text_tokenizer
+        super().__init__(config, text_tokenizer)
         self.condition = "class" if config.segmentation_shape is None else "segmentation"
-        self.code_shape, self.num_codebooks, self.length = config.code_shape, 1, math.prod(config.code_shape)
-        self.codebook_size, self.prefix_length = config.codebook_size, config.prefix_length
+        self.prefix_length = config.prefix_length
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.position = nn.Parameter(torch.randn(config.positions, config.dim) * 0.02)
-        self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, config.mlp_dim, "gelu") for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(config.dim)
+        self.decoder = Decoder(config.decoder)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def class_prefix(self, classes: Sequence[int]) -> Tensor:
@@ -94,21 +102,13 @@ class TamingPrior(BlocksPrior):
     def null_prefix(self, rows: int) -> Tensor:
         return self.unconditional(torch.empty(rows, self.prefix_length))  # says that there is none
 
-    def _embed_prefix(self, prefix: Tensor) -> Tensor:
+    def embed_prefix(self, prefix: Tensor, order: Tensor | None) -> Tensor:
         return self.embedding(prefix) + self.position[: self.prefix_length]
 
-    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
+    def embed_codes(self, codes: Tensor, first: int, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
         first += self.prefix_length
-        return self.embedding(codes) + self.position[first : first + codes.shape[1]]
+        return self.embedding(codes[..., 0]) + self.position[first : first + codes.shape[1]]
 
-    def _code_logits(self, x: Tensor) -> Tensor:
+    def next_logits(self, states: Tensor, codes: Tensor) -> Tensor:
         """Tokens that are no codes of the image are left out."""
-        return self.head(self.norm(x))[..., : self.codebook_size]
-
-    def _mask(self, layer: int, first: int, last: int) -> Tensor | None:
-        ahead = self.config.looks_ahead
-        if ahead <= 1 or first > 0:
-            return None
-        mask = torch.ones(last, last, dtype=torch.bool, device=self.position.device).tril()
-        mask[:ahead, :ahead] = True
-        return mask
+        return self.head(states)[..., : self.codebook_size]

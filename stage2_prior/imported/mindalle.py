@@ -1,12 +1,11 @@
 """minDALL-E's GPT (Kakao Brain 2021): 64 text positions, then 256 codes, in one causal sequence.
 
 Text and codes have embeddings, positions and heads of their own; nothing stands between them, the last text position
-foretells the first code. Padding is a token like any other and is attended to.
+predicts the first code. Padding is a token like any other and is attended to.
 
-Letters: B batch, N sequences, P text positions, T codes per image, K codebook size, V text vocabulary, E width.
+Letters: B batch, P text positions, S image positions, n positions, K codebook size, V text vocabulary, E width.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,12 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stage2_prior.base import Predictions, prompt_tokens
-from stage2_prior.blocks import Block, BlocksConfig, BlocksPrior
+from stage2_prior.base import prompt_tokens
+from stage2_prior.decoder import Decoder, DecoderSpec
+from stage2_prior.decoder_prior import DecoderPrior, SingleCodebookConfig
 from tessera.text import SPECIALS, TextTokenizer
 
 
-class MinDALLEConfig(BlocksConfig):
+class MinDALLEConfig(SingleCodebookConfig):
     type: Literal["mindalle"] = "mindalle"
     text_vocab_size: int = Field(16384, ge=1)  # V
     text_length: int = Field(64, ge=1)  # P
@@ -32,32 +32,33 @@ class MinDALLEConfig(BlocksConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
 
+    @property
+    def decoder(self) -> DecoderSpec:
+        return DecoderSpec(
+            dim=self.dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            activation=self.activation,
+            attention_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias,
+            prefix_length=self.text_length,
+            grid=self.code_shape[1:],
+        )
 
-class MinDALLEPrior(BlocksPrior):
+
+class MinDALLEPrior(DecoderPrior):
     config: MinDALLEConfig
-    knows_no_condition = False
+    supports_guidance = False
 
     def __init__(self, config: MinDALLEConfig, text_tokenizer: TextTokenizer | None = None) -> None:
-        super().__init__()
-        self.config, self.text_tokenizer = config, text_tokenizer
-        self.code_shape, self.num_codebooks, self.length = config.code_shape, 1, math.prod(config.code_shape)
-        self.codebook_size, self.prefix_length = config.codebook_size, config.text_length
+        super().__init__(config, text_tokenizer)
+        self.prefix_length = config.text_length
         self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
         self.text_position = nn.Embedding(config.text_length, config.dim)
         self.code_embedding = nn.Embedding(config.codebook_size, config.dim)
         self.code_position = nn.Embedding(self.length, config.dim)
-        self.blocks = nn.ModuleList(
-            Block(
-                config.dim,
-                config.num_heads,
-                config.mlp_dim,
-                config.activation,
-                attention_bias=config.attention_bias,
-                mlp_bias=config.mlp_bias,
-            )
-            for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(config.dim)
+        self.decoder = Decoder(config.decoder)
         self.text_head = nn.Linear(config.dim, config.text_vocab_size, bias=False)
         self.code_head = nn.Linear(config.dim, config.codebook_size, bias=False)
 
@@ -70,19 +71,18 @@ class MinDALLEPrior(BlocksPrior):
 
     def pad(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Ids of our text tokenizer, which has its specials before minDALL-E's ids -> (B, P); the rest is cut off."""
-        own = [[i - len(SPECIALS) for i in ids[: self.prefix_length]] for ids in tokens]
-        rows = [ids + [self.config.text_padding] * (self.prefix_length - len(ids)) for ids in own]
+        ids = [[i - len(SPECIALS) for i in row[: self.prefix_length]] for row in tokens]
+        rows = [row + [self.config.text_padding] * (self.prefix_length - len(row)) for row in ids]
         return torch.tensor(rows, device=self.text_position.weight.device).view(-1, self.prefix_length)
 
-    def predict(self, prefix: Tensor, codes: Tensor) -> Predictions:
-        text, image = self._trunk(prefix, codes).split([self.prefix_length - 1, self.length], dim=1)
-        return Predictions(self.text_head(self.norm(text)), self._code_logits(image))
-
-    def _embed_prefix(self, prefix: Tensor) -> Tensor:
+    def embed_prefix(self, prefix: Tensor, order: Tensor | None) -> Tensor:
         return self.text_embedding(prefix) + self.text_position.weight
 
-    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
-        return self.code_embedding(codes) + self.code_position.weight[first : first + codes.shape[1]]
+    def embed_codes(self, codes: Tensor, first: int, order: Tensor | None, hidden: Tensor | None = None) -> Tensor:
+        return self.code_embedding(codes[..., 0]) + self.code_position.weight[first : first + codes.shape[1]]
 
-    def _code_logits(self, x: Tensor) -> Tensor:
-        return self.code_head(self.norm(x))
+    def next_logits(self, states: Tensor, codes: Tensor) -> Tensor:
+        return self.code_head(states)
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        return self.text_head(states)
