@@ -1,13 +1,18 @@
 """What is fast on one kind of machine, swapped into plain PyTorch models from outside, and C++ and how it is built.
 
-A swap gives a module another way to compute the same result, up to rounding, where that is at least a tenth faster on
-the machine at hand. Parameters, names, hooks and state dicts stay what they are; copies of the module are swapped too.
+A swap gives a module another way to compute the same result, up to rounding, where that saves at least a tenth of time
+or memory on the machine at hand (docs/performance-training.md, docs/performance-tokenizer.md). Parameters, names, hooks
+and state dicts stay what they are; copies of the module are swapped too.
 """
+
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from tessera.native.attention import causal_attention
 from tessera.native.linear import OneDNNLinear, multiplies_by_onednn
+from tessera.native.norm import LeanRMSNorm, rms_norm
 from tessera.native.winograd import WinogradConv2d, suits
 
 
@@ -24,11 +29,12 @@ def accelerate(model: nn.Module) -> list[str]:
 
 
 def accelerate_training(model: nn.Module) -> list[str]:
-    """Swaps what is faster in training, in place; returns the names of the swapped modules.
+    """Swaps what is faster or smaller in training, in place; returns the names of the swapped modules.
 
-    On a CPU linear layers multiply large float32 matrices by oneDNN where there is AVX-512, and modules with a method
-    `attend(q, k, v, mask)` compute causal attention in bfloat16 by plain products. A model on another device stays as
-    it is. Call it after adapters are injected, which have linear layers too.
+    On a CPU linear layers multiply large float32 matrices by oneDNN where there is AVX-512, root-mean-square norms keep
+    less for the backward pass, and attention is computed in bfloat16 by plain products. Attention is a module with
+    methods `attend(q, k, v, mask)` and `normalize(x, scale)` (stage2_prior/decoder.py). A model on another device stays
+    as it is. Call it after adapters are injected, which have linear layers too.
     """
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return []
@@ -36,8 +42,11 @@ def accelerate_training(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if type(module) is nn.Linear and multiplies_by_onednn():
             module.__class__ = OneDNNLinear
-        elif callable(getattr(module, "attend", None)):
-            module.attend = causal_attention
+        elif type(module) is nn.RMSNorm and module.elementwise_affine and len(module.normalized_shape) == 1:
+            module.__class__ = LeanRMSNorm
+        elif hasattr(module, "attend") and hasattr(module, "normalize"):
+            attention: Any = module
+            attention.attend, attention.normalize = causal_attention, partial(rms_norm, eps=attention.eps)
         else:
             continue
         found.append(name)
