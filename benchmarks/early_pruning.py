@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipelines import TextToImagePipeline
 from pipelines.evaluate import choose
-from pipelines.judge import Judge, read_requests
-from pipelines.text_to_image import fill
+from pipelines.evaluate_recipe import load_judge
+from pipelines.pruning import fill
 from stage2_prior import unflatten_codes
 from stage2_prior.sampling import Sampler, plan_pruning
 from stage2_prior.sampling.prune import NULL_WEIGHT, best_of
@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--prompts", type=Path, default=Path("recipes/emoji/prompts.jsonl"))
+    parser.add_argument("--judge", type=Path, default=Path("recipes/emoji/judge.py"))
     parser.add_argument("--references", type=Path, required=True, help="The judge's, see recipes/emoji/prepare.py.")
     parser.add_argument("--splits", default="seen,seen_zh,tone")
     parser.add_argument("--limit", type=int, default=40, help="Prompts of each split.")
@@ -55,26 +56,27 @@ def main() -> None:
 
     start = time.perf_counter()
     pipeline = TextToImagePipeline.from_pretrained(arguments.model)
-    requests = [one for one in read_requests(arguments.prompts) if one.split in arguments.splits.split(",")]
-    judge, seeds = Judge(arguments.references), range(arguments.seed, arguments.seed + arguments.candidates)
+    cases, judge = load_judge(arguments.judge, arguments.prompts, arguments.references)
+    cases = [case for case in cases if case.split in arguments.splits.split(",")]
+    seeds = range(arguments.seed, arguments.seed + arguments.candidates)
     positions = {
         plan_pruning(arguments.candidates, pipeline.prior.length, budget).position for budget in BUDGETS if budget < 1
     }
     drawn = []
-    for index in choose(requests, arguments.limit):
-        prefix = pipeline.prefixes([requests[index].prompt])
+    for index in choose(cases, arguments.limit):
+        prefix = pipeline.prefixes([cases[index].prompt])
         sampler = Sampler(pipeline.prior, prefix, seeds, pipeline.sampling, engine=pipeline.engine, scored=True)
         sampler.advance(pipeline.prior.length)
         filled = {
-            position: look(
-                pipeline, requests[index].prompt, fill(sampler.codes[:, :position], pipeline.prior.code_shape)
-            )[1]
+            position: look(pipeline, cases[index].prompt, fill(sampler.codes[:, :position], pipeline.prior.code_shape))[
+                1
+            ]
             for position in (positions if arguments.clip else ())
         }
-        images, scores = look(pipeline, requests[index].prompt, sampler.codes)
+        images, scores = look(pipeline, cases[index].prompt, sampler.codes)
         scores = scores + pipeline.likelihood_weight * sampler.log_probs.sum(-1)
-        exact = torch.tensor([verdict.exact for verdict in judge(images, requests[index])])
-        drawn.append(Prompt(requests[index].split, exact, scores, sampler.log_probs, sampler.null_log_probs, filled))
+        exact = torch.tensor([verdict.exact for verdict in judge(images, cases[index])])
+        drawn.append(Prompt(cases[index].split, exact, scores, sampler.log_probs, sampler.null_log_probs, filled))
         print(f"{len(drawn)} prompts, {time.perf_counter() - start:.0f} s", end="\r", flush=True)
 
     figures = curve(drawn, arguments.candidates, pipeline.prior.length, arguments.clip)

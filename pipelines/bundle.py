@@ -14,16 +14,18 @@ swapped one is a sentence with its name, and then what the prior says it was tra
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field
+from torch import Tensor
 
-from pipelines.arguments import check_likelihood_weight
-from rerank import ClipReranker
+from pipelines.request import check_likelihood_weight
+from rerank import ClipReranker, Reranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import Sampling, load_prior
 from stage2_prior.base import CONDITIONS, Prior
@@ -66,14 +68,28 @@ class BundleIndex(Config):
     earlier_fingerprints: tuple[str, ...] = ()
 
 
-class Bundle(NamedTuple):
+@dataclass
+class Bundle:
+    """The parts of a model as one object, in eval mode, and what a call does unless told otherwise."""
+
     image_tokenizer: Autoencoder
-    prior: Prior
-    reranker: ClipReranker | None
-    sampling: Sampling
-    fingerprint: str
-    segmentation_tokenizer: Autoencoder | None
-    likelihood_weight: float
+    prior: Prior  # with its text tokenizer
+    reranker: Reranker | None = None
+    segmentation_tokenizer: Autoencoder | None = None  # of a prior that is conditioned on segmentation maps
+    sampling: Sampling = Sampling()
+    likelihood_weight: float = 0.0  # of log p(codes | prompt) beside the reranker's score
+    fingerprint: str | None = None  # of what generates; None where the parts are not those of a bundle on disk
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.prior.parameters()).device
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(n, Q, h, w) -> (n, 3, H, W) in [-1, 1]."""
+        # Convolutions of a larger batch add up in another order, which can move a pixel by 1/255: on a CPU, where that
+        # costs little, images are decoded one by one, so that each is the same in any company.
+        together = 1 if codes.device.type == "cpu" else 16
+        return torch.cat([self.image_tokenizer.decode(some) for some in codes.split(together)])
 
 
 def load_bundle(
@@ -103,16 +119,14 @@ def load_bundle(
     if index.fingerprints.segmentation_tokenizer is not None:
         segmentation_tokenizer = Autoencoder.from_pretrained(folder / "segmentation_tokenizer")
         segmentation_tokenizer.to(device=device)  # codes are better read in full precision, and it is done once
-    image_tokenizer.to(device=device, dtype=dtype)
-    prior.to(device=device, dtype=dtype)
     return Bundle(
-        image_tokenizer,
-        prior,
+        image_tokenizer.to(device=device, dtype=dtype),
+        prior.to(device=device, dtype=dtype),
         reranker,
-        index.sampling,
-        _fingerprint(index),
         segmentation_tokenizer,
+        index.sampling,
         index.likelihood_weight,
+        _fingerprint(index),
     )
 
 
@@ -160,27 +174,21 @@ def draws_pictures_of(name: str | Path, origin: str) -> bool:
 
 
 def assemble_bundle(
-    out: str | Path,
-    *,
-    image_tokenizer: str | Path,
-    prior: str | Path,
-    text_tokenizer: str | Path | None,
-    reranker: str | Path | None = None,
-    segmentation_tokenizer: str | Path | None = None,
-    sampling: Sampling | None = None,
-    likelihood_weight: float = 0.0,
+    out: str | Path, *, sampling: Sampling | None = None, likelihood_weight: float = 0.0, **parts: str | Path | None
 ) -> Path:
-    """Copies the folders of the parts into the bundle `out`, whole or not at all, and records what belongs together.
+    """Copies the folders of the `parts` (PARTS) into the bundle `out`, whole or not at all, and records what belongs
+    together.
 
-    `text_tokenizer` is None for a prior that reads no text of its own. The files of an older bundle at `out` are
-    replaced, all else there stays. Raises InputError when a part is broken, when parts do not fit together, or when
-    `out` is a folder with something else.
+    A part that is None or not given is absent, as the `text_tokenizer` of a prior that reads no text of its own. The
+    files of an older bundle at `out` are replaced, all else there stays. Raises InputError when a part is broken, when
+    parts do not fit together, or when `out` is a folder with something else.
     """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise InputError(f"'{unknown[0]}' is no part of a bundle{nearest(unknown[0], [*PARTS])}")
     out = expand(out)
     known = new_bundle(out)
-    parts = (image_tokenizer, text_tokenizer, prior, reranker, segmentation_tokenizer)
-    folders = dict(zip(PARTS, parts, strict=True))
-    found = {part: find_folder(source) for part, source in folders.items() if source is not None}
+    found = {part: find_folder(source) for part in PARTS if (source := parts.get(part)) is not None}
     fingerprints = _check_parts(found)
     with replacing(out, known) as new:
         for part, source in found.items():
@@ -219,38 +227,24 @@ def new_bundle(out: str | Path) -> dict[str, str]:
     return known
 
 
-def save_bundle(
-    out: str | Path,
-    image_tokenizer: Autoencoder,
-    prior: Prior,
-    reranker: ClipReranker | None = None,
-    sampling: Sampling | None = None,
-    segmentation_tokenizer: Autoencoder | None = None,
-    likelihood_weight: float = 0.0,
-) -> Path:
-    """Writes the parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
+def save_bundle(out: str | Path, bundle: Bundle) -> Path:
+    """Writes parts in memory as the bundle `out`; the prior brings its text tokenizer. See `assemble_bundle`."""
+    prior = bundle.prior
     if prior.text_tokenizer is None and prior.config.text_tokenizer_fingerprint:
         raise InputError("the prior has no text tokenizer; load it with load_prior(folder, text_tokenizer)")
+    parts: dict[str, Any] = {
+        "image_tokenizer": bundle.image_tokenizer,
+        "text_tokenizer": prior.text_tokenizer,
+        "prior": prior,
+        "reranker": bundle.reranker,
+        "segmentation_tokenizer": bundle.segmentation_tokenizer,
+    }
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        image_tokenizer.save_pretrained(folder / "image_tokenizer")
-        if prior.text_tokenizer is not None:
-            prior.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        prior.save_pretrained(folder / "prior")
-        if reranker is not None:
-            reranker.save_pretrained(folder / "reranker")
-        if segmentation_tokenizer is not None:
-            segmentation_tokenizer.save_pretrained(folder / "segmentation_tokenizer")
-        return assemble_bundle(
-            out,
-            image_tokenizer=folder / "image_tokenizer",
-            text_tokenizer=folder / "text_tokenizer" if prior.text_tokenizer is not None else None,
-            prior=folder / "prior",
-            reranker=folder / "reranker" if reranker is not None else None,
-            segmentation_tokenizer=folder / "segmentation_tokenizer" if segmentation_tokenizer is not None else None,
-            sampling=sampling,
-            likelihood_weight=likelihood_weight,
-        )
+        folders = {name: Path(temporary) / name for name, part in parts.items() if part is not None}
+        for name, folder in folders.items():
+            parts[name].save_pretrained(folder)
+        given: dict[str, Any] = {**folders, "sampling": bundle.sampling}
+        return assemble_bundle(out, likelihood_weight=bundle.likelihood_weight, **given)
 
 
 def _check_parts(folders: dict[str, Path]) -> Fingerprints:

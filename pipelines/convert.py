@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.bundle import new_bundle, save_bundle
+from pipelines.bundle import Bundle, new_bundle, save_bundle
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert import FAMILIES as TOKENIZERS
 from stage1_tokenizer.convert import convert as convert_tokenizer
@@ -44,7 +44,7 @@ def convert(
             f"({', '.join(TOKENIZERS)}) and give its folder with --image-tokenizer"
         )
     prior.config = prior.config.model_copy(update={"image_tokenizer_fingerprint": tokenizer.fingerprint})
-    return save_bundle(out, tokenizer, prior, sampling=sampling, segmentation_tokenizer=maps)
+    return save_bundle(out, Bundle(tokenizer, prior, sampling=sampling, segmentation_tokenizer=maps))
 
 
 def _setting(text: str) -> tuple[str, str]:

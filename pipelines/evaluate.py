@@ -1,14 +1,13 @@
-"""How often does a pipeline draw what was asked? Measured by a judge that knows every part of the world.
+"""How often does a pipeline generate what was asked? Measured by a judge that the recipe of a world brings along.
 
-For every prompt the pipeline draws N candidates and scores them; the judge says of each whether it shows the item that
-was asked for (exact) or at least its concept, in every region that the prompt names and on the background it names. Per
-split of the prompts, three rates each:
+For every prompt the pipeline samples N candidates and scores them; the judge says of each whether it shows what was
+asked for exactly, or at least its concept. Per split of the prompts, three rates each:
 
     best    of the candidate that the reranker puts first: what a user gets
     mean    over all candidates: what a user would get without reranking
     oracle  prompts with at least one right candidate: what a perfect reranker would reach
 
-Finished prompts are kept in OUT/prompts.jsonl as they come, and an interrupted evaluation goes on from there.
+Finished prompts are kept in OUT/prompts.jsonl as they come, and an interrupted evaluation resumes from there.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.judge import WHITE, Judge, Request, to_pixels
 from tessera.errors import InputError
 from tessera.files import parse_json, read_text
-from tessera.images import contact_sheet, open_image, opened_image, save_png
+from tessera.images import contact_sheet, open_image, save_png, to_pil
 from tessera.paths import is_file
 from tessera.weights.writing import write_json, write_text
 
@@ -41,6 +39,53 @@ Draw = Callable[[list[str], int], tuple[Tensor, Tensor]]
 FAILURES_SHOWN = 24  # per split
 
 
+class Case(Protocol):
+    """A line of an evaluation: a prompt, and whatever else its judge must know."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+
+
+class Seen(Protocol):
+    @property
+    def item(self) -> str | None: ...
+
+
+class Verdict(Protocol):
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def concept(self) -> bool: ...
+    @property
+    def seen(self) -> Sequence[Seen]: ...
+
+
+C = TypeVar("C", bound=Case)
+J = TypeVar("J", bound=Case, contravariant=True)
+
+
+class Judge(Protocol[J]):
+    """Says whether images show what a case asks for, independently of all models that are judged."""
+
+    @property
+    def items(self) -> Sequence[str]:
+        """What it knows; an evaluation that was begun with more or fewer is not resumed."""
+
+    def check(self, cases: Sequence[J]) -> None:
+        """Raises InputError for cases that it cannot judge."""
+
+    def __call__(self, images: Tensor, case: J) -> Sequence[Verdict]:
+        """(N, 3, H, W), uint8 or float in [-1, 1] -> one verdict for each."""
+
+    def asked_for(self, case: J, size: int) -> Image.Image:
+        """What would have been right, for the sheet of failures."""
+
+    def label(self, case: J) -> str:
+        """What stands below it there."""
+
+
 class Outcome(NamedTuple):
     """What became of one prompt."""
 
@@ -49,7 +94,7 @@ class Outcome(NamedTuple):
     exact: list[bool]  # candidate by candidate
     concept: list[bool]
     best: int  # the candidate that the scores put first
-    seen: list[str | None]  # what the judge saw in the best one, region by region
+    seen: list[str | None]  # what the judge saw in the best one, part by part
 
 
 class Rates(NamedTuple):
@@ -72,8 +117,8 @@ class Evaluation(NamedTuple):
 
 def evaluate_pipeline(
     draw: Draw,
-    requests: Sequence[Request],
-    judge: Judge,
+    cases: Sequence[C],
+    judge: Judge[C],
     out: str | Path,
     *,
     settings: dict[str, Any] | None = None,
@@ -81,7 +126,7 @@ def evaluate_pipeline(
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Evaluation:
-    """Draw and judge every request, or `limit` of each split, evenly spaced.
+    """Draw and judge every case, or `limit` of each split, evenly spaced.
 
     `out` receives prompts.jsonl, evaluation.json, and failures_SPLIT.png: the best candidate beside what was asked, for
     prompts whose best candidate is not exact. `settings` says how the pictures are drawn (weights, sampling); a folder
@@ -89,17 +134,12 @@ def evaluate_pipeline(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
-    if not requests:
+    if not cases:
         raise InputError("there are no prompts to evaluate; give a file with at least one line")
-    unknown = {region.item for request in requests for region in request.regions} - set(judge.items)
-    if unknown:
-        raise InputError(
-            f"the prompts ask for {len(unknown)} items that the judge has no reference of, {min(unknown)!r} first; "
-            f"prepare {judge.folder} and the prompts from one font"
-        )
+    judge.check(cases)
     out = Path(out)
-    chosen = choose(requests, limit)
-    begun = {"settings": settings or {}, "seed": seed, "prompts": fingerprint(requests), "judge": len(judge.items)}
+    chosen = choose(cases, limit)
+    begun = {"settings": settings or {}, "seed": seed, "prompts": fingerprint(cases), "judge": len(judge.items)}
     outcomes = resume(out / "prompts.jsonl", begun)
     pending = [index for index in chosen if index not in outcomes]
 
@@ -111,13 +151,13 @@ def evaluate_pipeline(
     ):
         for start in range(0, len(pending), batch_size):
             batch = pending[start : start + batch_size]
-            images, scores = draw([requests[index].prompt for index in batch], seed)
+            images, scores = draw([cases[index].prompt for index in batch], seed)
             check_drawn(images, scores, len(batch))
             drawn += images.shape[0] * images.shape[1]
             for index, candidates, row in zip(batch, images, scores, strict=True):
-                outcome = judge_candidates(index, requests[index], candidates, row, judge)
+                outcome = judge_candidates(index, cases[index], candidates, row, judge)
                 if not outcome.exact[outcome.best]:
-                    keep_failure(out, index, requests[index], candidates[outcome.best], judge)
+                    keep_failure(out, index, cases[index], candidates[outcome.best], judge)
                 outcomes[index] = outcome
                 log.write(json.dumps(outcome._asdict()) + "\n")
             log.flush()
@@ -125,16 +165,16 @@ def evaluate_pipeline(
 
     rate = drawn / max(time.monotonic() - started, 1e-9) if drawn else None
     evaluation = summarize([outcomes[index] for index in chosen], rate)
-    draw_failures(out, requests, [outcomes[index] for index in chosen], judge)
+    draw_failures(out, cases, [outcomes[index] for index in chosen], judge)
     write_json(out / "evaluation.json", begun | as_json(evaluation))
     return evaluation
 
 
-def choose(requests: Sequence[Request], limit: int | None) -> list[int]:
-    """The indices of up to `limit` requests of each split, evenly spaced, in order."""
+def choose(cases: Sequence[Case], limit: int | None) -> list[int]:
+    """The indices of up to `limit` cases of each split, evenly spaced, in order."""
     splits: dict[str, list[int]] = {}
-    for index, request in enumerate(requests):
-        splits.setdefault(request.split, []).append(index)
+    for index, case in enumerate(cases):
+        splits.setdefault(case.split, []).append(index)
     chosen: list[int] = []
     for members in splits.values():
         count = len(members) if limit is None else min(limit, len(members))
@@ -142,13 +182,13 @@ def choose(requests: Sequence[Request], limit: int | None) -> list[int]:
     return sorted(chosen)
 
 
-def judge_candidates(index: int, request: Request, images: Tensor, scores: Tensor, judge: Judge) -> Outcome:
-    """`images` (N, 3, H, W) and `scores` (N,) of one request."""
-    verdicts = judge(images, request)
+def judge_candidates(index: int, case: C, images: Tensor, scores: Tensor, judge: Judge[C]) -> Outcome:
+    """`images` (N, 3, H, W) and `scores` (N,) of one case."""
+    verdicts = judge(images, case)
     best = int(torch.nan_to_num(scores.float(), nan=-math.inf).argmax())
     return Outcome(
         number=index,
-        split=request.split,
+        split=case.split,
         exact=[verdict.exact for verdict in verdicts],
         concept=[verdict.concept for verdict in verdicts],
         best=best,
@@ -207,8 +247,8 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def fingerprint(requests: Sequence[Request]) -> str:
-    text = json.dumps(list(requests), ensure_ascii=False)
+def fingerprint(cases: Sequence[Case]) -> str:
+    text = json.dumps(list(cases), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -251,41 +291,26 @@ def _outcome(line: str, where: str) -> Outcome:
         raise InputError(f"{where} is no outcome of an evaluation; remove the line") from None
 
 
-def keep_failure(out: Path, index: int, request: Request, image: Tensor, judge: Judge) -> None:
-    """OUT/failures/INDEX.png: what was drawn, left of what was asked for; `image` is (3, H, W)."""
+def keep_failure(out: Path, index: int, case: C, image: Tensor, judge: Judge[C]) -> None:
+    """OUT/failures/INDEX.png: what was generated, left of what was asked for; `image` is (3, H, W)."""
     (out / "failures").mkdir(exist_ok=True)
-    drawn = Image.fromarray(to_pixels(image[None])[0].permute(1, 2, 0).byte().numpy())
-    both = Image.new("RGB", (2 * drawn.width + 2, drawn.height), "#e8e8e8")
-    both.paste(drawn, (0, 0))
-    both.paste(asked_for(request, drawn.width, judge), (drawn.width + 2, 0))
+    pixels = image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.nan_to_num()
+    (generated,) = to_pil(pixels[None])
+    both = Image.new("RGB", (2 * generated.width + 2, generated.height), "#e8e8e8")
+    both.paste(generated, (0, 0))
+    both.paste(judge.asked_for(case, generated.width), (generated.width + 2, 0))
     save_png(both, out / "failures" / f"{index:05d}.png")
 
 
-def asked_for(request: Request, size: int, judge: Judge) -> Image.Image:
-    """The picture that would have been right, size x size, made of the judge's references."""
-    red, green, blue = judge.colours[request.background or WHITE].int().tolist()
-    picture = Image.new("RGBA", (size, size), (red, green, blue, 255))
-    for region in request.regions:
-        left, top, right, _ = (round(edge * size) for edge in region.box)
-        with opened_image(judge.files[judge.items.index(region.item)]) as reference:
-            glyph = reference.convert("RGBA").resize((right - left, right - left), Image.Resampling.LANCZOS)
-        picture.alpha_composite(glyph, (left, top))
-    return picture.convert("RGB")
-
-
-def draw_failures(out: Path, requests: Sequence[Request], outcomes: Sequence[Outcome], judge: Judge) -> None:
-    """failures_SPLIT.png for each split that has failures: drawn beside asked for, the prompt underneath."""
+def draw_failures(out: Path, cases: Sequence[C], outcomes: Sequence[Outcome], judge: Judge[C]) -> None:
+    """failures_SPLIT.png for each split that has failures: generated beside asked for, a label underneath."""
     failed: dict[str, list[int]] = {}
     for outcome in outcomes:
         if not outcome.exact[outcome.best]:
             failed.setdefault(outcome.split, []).append(outcome.number)
     for split, indices in failed.items():
-        step = -(-len(indices) // FAILURES_SHOWN)
-        pictures, labels = [], []
-        for index in indices[::step]:
-            pictures.append(open_image(out / "failures" / f"{index:05d}.png"))
-            request = requests[index]
-            drawable = max(request.prompt, default="") < "\u3000"  # the sheet's font has no Chinese
-            labels.append(request.prompt if drawable else judge.names[judge.items.index(request.regions[0].item)])
-        scale = max(1, 128 // pictures[0].height)
-        save_png(contact_sheet(pictures, labels, columns=4, scale=scale), out / f"failures_{split}.png")
+        shown = indices[:: -(-len(indices) // FAILURES_SHOWN)]
+        images = [open_image(out / "failures" / f"{index:05d}.png") for index in shown]
+        labels = [judge.label(cases[index]) for index in shown]
+        scale = max(1, 128 // images[0].height)
+        save_png(contact_sheet(images, labels, columns=4, scale=scale), out / f"failures_{split}.png")

@@ -1,5 +1,9 @@
-"""`tessera evaluate pipeline RECIPE.yaml`: a bundle, a list of prompts, the judge's references, and how to draw."""
+"""`tessera evaluate pipeline RECIPE.yaml`: a bundle, a list of prompts, a judge with its references, and how to sample.
 
+The judge is a Python file beside the recipe: a recipe that names one runs that file, as one runs a script.
+"""
+
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +14,19 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.bundle import find_bundle, read_index
-from pipelines.evaluate import Draw, as_json, evaluate_pipeline, table
-from pipelines.judge import Judge, read_requests
+from pipelines.evaluate import Case, Draw, Judge, as_json, evaluate_pipeline, table
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling
 from tessera.config import Config, read_recipe
-from tessera.errors import InputError
+from tessera.errors import InputError, reason
+from tessera.paths import is_file
 
 
 class EvaluationRecipe(Config):
     model: str = "emoji"  # a shipped bundle, a folder, or a hub name
-    prompts: Path  # JSON lines: prompt, split, regions, background
-    references: Path  # the judge's: every glyph with its name, as recipes/emoji/prepare.py writes them
+    judge: Path  # a Python file, found from the recipe's folder, with `load(prompts, references) -> (cases, judge)`
+    prompts: Path  # JSON lines: prompt, split, and what the judge needs
+    references: Path  # a folder of the judge's
     output: Path
     num_candidates: int = Field(16, ge=1)  # drawn and ranked for each prompt
     seed: int = Field(0, ge=0)  # of the first candidate of every prompt
@@ -38,12 +43,12 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None) -> Evaluated:
-    """Draws and judges the prompts of a recipe, or goes on with it; `output` also receives pictures of failures.
+    """Draws and judges the prompts of a recipe, or resumes; `output` also receives pictures of failures.
 
     Raises InputError for a wrong recipe, a bundle without a reranker, or an `output` begun with other settings.
     """
     recipe = read_recipe(EvaluationRecipe, recipe_path, overrides)
-    requests, judge = read_requests(recipe.prompts), Judge(recipe.references)
+    cases, judge = load_judge(Path(recipe_path).parent / recipe.judge, recipe.prompts, recipe.references)
     index = read_index(find_bundle(recipe.model))
     pipeline = TextToImagePipeline.from_pretrained(recipe.model, device=recipe.device)
     if pipeline.reranker is None:
@@ -53,7 +58,7 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
         pipeline.likelihood_weight = recipe.likelihood_weight
     evaluation = evaluate_pipeline(
         drawing_with(pipeline, recipe.num_candidates, sampling),
-        requests,
+        cases,
         judge,
         recipe.output,
         settings={
@@ -68,6 +73,22 @@ def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None)
         limit=recipe.limit,
     )
     return Evaluated({**as_json(evaluation), "output": str(recipe.output)}, table(evaluation))
+
+
+def load_judge(file: Path, prompts: Path, references: Path) -> tuple[Sequence[Case], Judge[Any]]:
+    """Runs the judge's file. Raises InputError when there is none, it does not run, or it has no `load`."""
+    if not is_file(file):
+        raise InputError(f"{file} does not exist; name the recipe's judge, a Python file beside the recipe, in 'judge'")
+    spec = importlib.util.spec_from_file_location(f"judge_of_{file.parent.name}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        load = module.load
+    except Exception as error:  # whatever a file of the user's own raises
+        raise InputError(f"the judge {file} cannot be used: {type(error).__name__}: {reason(error)}") from error
+    cases, judge = load(prompts, references)
+    return cases, judge
 
 
 def drawing_with(pipeline: TextToImagePipeline, num_candidates: int, sampling: Sampling) -> Draw:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.arguments import check_prompt, warn_of_cut
 from pipelines.bundle import INDEX, find_bundle, shipped_bundles
+from pipelines.prefix import warn_of_cut
+from pipelines.request import check_text
 from rerank import ClipReranker
 from tessera.errors import InputError
 from tessera.images import open_image
@@ -24,7 +25,7 @@ def rank(prompt: str, images: Sequence[str | Path], model: str = "emoji", weight
     Warns (InputWarning) of a prompt that is too long and cut, saying what was left out. Raises InputError for an empty
     prompt, a broken picture, or a model that is unknown or damaged.
     """
-    check_prompt(prompt)
+    check_text(prompt)
     opened = [open_image(path) for path in images]
     reranker = ClipReranker.from_pretrained(find_reranker(model), weights)
     warn_of_cut("the prompt", {"reranker": reranker.left_out(prompt)})

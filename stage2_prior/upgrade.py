@@ -70,7 +70,7 @@ TABLES: dict[str, Mapping[str, str]] = {
 }
 
 
-def upgrade(prior: Any, state: dict[str, Tensor], prefix: str = "", *_: Any) -> None:
+def upgrade(prior: Any, state: dict[str, Tensor], prefix: str = "", *rest: Any) -> None:
     """Renames and joins in place what release 0.1 wrote for this kind of prior (a hook before loading a state dict)."""
     table = {re.compile(re.escape(prefix) + old): prefix + new for old, new in TABLES[prior.config.type].items()}
     parts: dict[str, dict[str, Tensor]] = {}

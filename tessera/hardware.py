@@ -1,10 +1,14 @@
-"""What the machine can do, and what is asked of it."""
+"""What the machine has and can do: devices, free memory, arithmetic."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from tessera.errors import InputError
 
 
 def has_accelerator() -> bool:
@@ -37,3 +41,32 @@ def keep_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # of malloc.h
         library.mallopt(trim_threshold, -1)  # never
         library.mallopt(mmap_max, 0)
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or a GPU if there is one. Raises InputError when it is not there."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"the device '{device}' is not there; use 'cpu' or leave it out") from None
+    return chosen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be used on a GPU, or on this machine within the limits of its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in _text_of("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = _text_of("/sys/fs/cgroup/memory.max"), _text_of("/sys/fs/cgroup/memory.current")
+    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:  # not Linux, or no control groups
+        return ""

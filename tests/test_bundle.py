@@ -12,6 +12,7 @@ import pytest
 from pipelines import bundle as bundles
 from pipelines.bundle import (
     INDEX,
+    Bundle,
     assemble_bundle,
     bundle_fingerprint,
     find_bundle,
@@ -96,7 +97,7 @@ def test_a_bundle_without_a_reranker(tiny_parts: Path, tmp_path: Path) -> None:
 def test_a_pipeline_is_saved_as_a_bundle(
     tiny_pipeline: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny_pipeline, "likelihood_weight", 0.25)
+    monkeypatch.setattr(tiny_pipeline.bundle, "likelihood_weight", 0.25)
     tiny_pipeline.save_pretrained(tmp_path / "saved")
     again = TextToImagePipeline.from_pretrained(tmp_path / "saved", device="cpu")
     first, second = tiny_pipeline("a cat", num_candidates=3), again("a cat", num_candidates=3)
@@ -244,7 +245,7 @@ def test_a_prior_without_its_text_tokenizer(
 ) -> None:
     prior = load_prior(tiny_parts / "prior", tiny_text_tokenizer)
     prior.text_tokenizer = None
-    assert "has no text tokenizer" in refusal(lambda: save_bundle(tmp_path / "out", tiny_autoencoder(), prior))
+    assert "has no text tokenizer" in refusal(lambda: save_bundle(tmp_path / "out", Bundle(tiny_autoencoder(), prior)))
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_other_failures_are_one_line_that_says_how_to_see_more(
     def break_down(*_: object) -> None:
         raise RuntimeError("the roof\nis leaking")
 
-    monkeypatch.setattr("pipelines.check.check", break_down)
+    monkeypatch.setattr("tessera.data.check.check", break_down)
     assert cli.main(["data", "check", str(tmp_path)]) == 1
     line = "tessera: failed: RuntimeError: the roof is leaking (TESSERA_DEBUG=1 shows the traceback)\n"
     assert capsys.readouterr() == ("", line)
@@ -270,8 +270,9 @@ def test_sampling_options_reach_the_pictures(ran: Ran, draw: list[object], tmp_p
     assert (report["candidates"], report["finished"]) == (16, 5)
     (drawn,) = report["prompts"][0]["images"]
     origin = read_origin(drawn["path"])
-    assert (origin["sampling"]["min_p"], origin["sampling"]["guidance_schedule"]) == (0.1, "linear")
-    assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 4
+    request = origin["request"]
+    assert (request["sampling"]["min_p"], request["sampling"]["guidance_schedule"]) == (0.1, "linear")
+    assert request["negative_prompt"] == "a dog" and len(request["first_codes"]) == 4
     assert drawn["log_prob"] == origin["log_prob"] < 0
     replayed = ran("generate", "--replay", drawn["path"], "-o", tmp_path / "again", "--model", draw[2], "--json")
     assert json.loads(replayed)["identical"]
@@ -602,6 +603,7 @@ def evaluation(tiny_bundle: Path, tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     names = {"prompts": "prompts.jsonl", "references": "references", "output": "evaluation"}
     recipe = {key: str(tmp_path / name) for key, name in names.items()}
+    recipe["judge"] = str(ROOT / "recipes" / "emoji" / "judge.py")
     path = tmp_path / "evaluate.yaml"
     path.write_text(yaml.safe_dump({**recipe, "model": str(tiny_bundle), "num_candidates": 2, "device": "cpu"}))
     return path
@@ -624,3 +626,7 @@ def test_a_wrong_evaluation_is_refused(refused: Refused, evaluation: Path, tmp_p
     assert "cannot read " in refused(*measure, f"prompts={tmp_path}/none.jsonl")
     assert "holds no references" in refused(*measure, f"references={tmp_path}")
     assert "there is no bundle" in refused(*measure, "model=emojo")
+    assert "name the recipe's judge, a Python file" in refused(*measure, "judge=none.py")
+    for content, fault in (("", "AttributeError"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
+        (tmp_path / "wrong.py").write_text(content)
+        assert f"wrong.py cannot be used: {fault}" in refused(*measure, "judge=wrong.py")

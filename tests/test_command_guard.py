@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipelines import cli
+from pipelines.cli.app import weighted
 from pipelines.info import describe
 from pipelines.text_to_image import TextToImagePipeline
 from stage1_tokenizer.evaluate import evaluate
@@ -156,7 +157,7 @@ def test_what_must_not_be_read_is_told_apart_from_what_is_not_there(tiny_bundle:
         (shut / name).write_text("{}", encoding="utf-8")
     code = f"""
 from pipelines import cli
-import stage2_prior.train_text, pipelines.generate, pipelines.info, pipelines.rank, stage2_prior.lora
+import stage2_prior.train_text, pipelines.output, pipelines.info, pipelines.rank, stage2_prior.lora
 for command in (["train", "text-tokenizer", "{shut}/recipe.yaml"], ["generate", "--prompts", "{shut}/prompts.jsonl"],
                 ["generate", "--replay", "{shut}/a.png"], ["rerank", "a dog", "{shut}/a.png"], ["info", "{shut}"],
                 ["merge", "emoji", "--lora", "{shut}/lora", "--out", "/nonexistent/x"]):
@@ -347,7 +348,7 @@ def test_a_lora_whose_sum_overflows_leaves_the_prior_as_it_was(
 def test_a_lora_is_given_by_its_file_too(lora: Path, tmp_path: Path) -> None:
     file = lora / "adapter_model.safetensors"
     assert read_lora(file).fingerprint == read_lora(lora).fingerprint
-    assert cli._weighted([str(file), f"{file}:0.5"]) == [(str(file), 1.0), (str(file), 0.5)]
+    assert weighted([str(file), f"{file}:0.5"]) == [(str(file), 1.0), (str(file), 0.5)]
     (tmp_path / "x.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"x.safetensors is a file; give the folder of a LoRA, with adapter_config"):
         read_lora(tmp_path / "x.safetensors")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines import cli
+from pipelines.cli.folders import Convertible
 from pipelines.info import describe
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage1_tokenizer.convert import FAMILIES, convert
@@ -541,7 +542,7 @@ def test_the_command_converts_and_info_shows_the_origin(
 
 
 def test_the_command_knows_every_family() -> None:
-    assert tuple(cli.Convertible) == FAMILIES + PRIORS
+    assert tuple(Convertible) == FAMILIES + PRIORS
 
 
 def test_a_converted_codebook_does_not_start_anew_in_training(checkpoint: Path, tmp_path: Path) -> None:

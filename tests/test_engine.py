@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipelines import TextToImagePipeline
+from pipelines.bundle import Bundle
 from stage2_prior import GPTConfig, GPTPrior, Sampling, sample
 from stage2_prior.sampling import PlainEngine, Sampler, cpu, kernels, make_engine, selection
 from stage2_prior.sampling.cpu import CPUEngine
@@ -514,8 +515,8 @@ def codes_of(pipeline):
 
 def test_pipelines_of_one_prior_have_precisions_of_their_own(tiny_pipeline):
     """The precision was the prior's once, so that what one pipeline chose, another sampled with."""
-    parts = tiny_pipeline.image_tokenizer, tiny_pipeline.prior
-    exact, rounded = TextToImagePipeline(*parts), TextToImagePipeline(*parts)
+    bundle = Bundle(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    exact, rounded = TextToImagePipeline(bundle), TextToImagePipeline(bundle)
     codes = codes_of(exact)
     rounded.precision = "int8"
     codes_of(rounded)
@@ -535,7 +536,7 @@ def test_a_pipeline_keeps_its_engine_and_makes_none_before_it_samples(tiny_pipel
         return engines[-1]
 
     monkeypatch.setattr("pipelines.text_to_image.make_engine", make)
-    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    pipeline = TextToImagePipeline(Bundle(tiny_pipeline.image_tokenizer, tiny_pipeline.prior))
     pipeline.precision = "bfloat16"
     assert not engines
     codes_of(pipeline)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.check import check
+from tessera.data.check import check
 from tessera.data.folder import read_folder, read_items
 from tessera.data.source import ImageFolder, Unreadable
 from tessera.errors import InputError

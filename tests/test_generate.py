@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pipelines import generate as generating
+from pipelines import output as generating
 from pipelines.bundle import assemble_bundle, bundle_fingerprint
-from pipelines.generate import Report, generate, public_name, read_prompts, replay, slug
+from pipelines.output import Report, generate, public_name, read_prompts, slug
+from pipelines.replay import replay
 from pipelines.text_to_image import TextToImagePipeline
 from rerank import ClipReranker
 from stage2_prior import Sampling, load_prior
@@ -25,7 +26,9 @@ SLUG = "a-red-heart-above-a-blue-circle"
 
 
 def draw(output: Path, bundle: Path, prompts: Any = PROMPT, **arguments: Any) -> Report:
-    return generate(prompts, output, model=bundle, device="cpu", **({"num_candidates": 5, "num_images": 2} | arguments))
+    return generate(
+        prompts, output, model=bundle, device="cpu", **({"num_candidates": 5, "num_images_per_prompt": 2} | arguments)
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -62,8 +65,10 @@ def test_what_is_written(
         with Image.open(picture.path) as opened:
             assert opened.mode == "RGB" and opened.tobytes() == image.tobytes()
         origin = read_origin(picture.path)
-        assert origin["prompt"] == PROMPT and origin["seed"] == picture.seed and origin["score"] == picture.score
-        assert origin["sampling"] == {
+        assert origin["prompt"] == PROMPT and origin["score"] == picture.score
+        assert origin["request"]["prompts"] == [{"type": "text", "text": PROMPT}]
+        assert origin["request"].get("seed", 0) == picture.seed and origin["request"]["num_candidates"] == 1
+        assert origin["request"]["sampling"] == {
             "temperature": 0.9,
             "top_k": 20,
             "top_p": None,
@@ -198,9 +203,10 @@ def test_replay_of_everything_at_once(tiny_bundle: Path, tmp_path: Path) -> None
     assert (report.candidates, report.finished) == (8, 3)
     for picture in report.prompts[0].images:
         origin = read_origin(picture.path)
-        assert origin["sampling"]["min_p"] == 0.05 and origin["sampling"]["guidance_schedule"] == "linear"
-        assert origin["sampling"]["plausibility"] == 0.2
-        assert origin["negative_prompt"] == "a dog" and len(origin["first_codes"]) == 8
+        request = origin["request"]
+        assert request["sampling"]["min_p"] == 0.05 and request["sampling"]["guidance_schedule"] == "linear"
+        assert request["sampling"]["plausibility"] == 0.2
+        assert request["negative_prompt"] == "a dog" and len(request["first_codes"]) == 8
         assert picture.log_prob is not None and picture.drawn_log_prob is not None
         assert origin["log_prob"] == picture.log_prob < 0 and picture.drawn_log_prob < 0
         assert replay(picture.path, tmp_path / "again", model=tiny_bundle, device="cpu").identical
@@ -221,9 +227,9 @@ def test_pictures_of_earlier_versions_replay(tiny_bundle: Path, tmp_path: Path) 
     """Origins as they were before min-p, schedules, negative prompts and given codes."""
     picture = draw(tmp_path / "out", tiny_bundle).prompts[0].images[0].path
     origin = read_origin(picture)
-    origin["sampling"] = {
-        name: origin["sampling"][name] for name in ("temperature", "top_k", "top_p", "guidance_scale")
-    }
+    whole = origin["request"]["sampling"]
+    origin["sampling"] = {name: whole[name] for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+    origin["seed"] = origin["request"].get("seed", 0)
     known = {"prompt", "seed", "sampling", "bundle", "model", "version", "score"}
     with Image.open(picture) as opened:
         save_png(opened.copy(), tmp_path / "old.png", {name: origin[name] for name in known})
@@ -262,7 +268,7 @@ def test_replay_needs_the_bundle(tiny_bundle: Path, tiny_parts: Path, tmp_path: 
 
 def test_replay_of_other_files(tiny_bundle: Path, tmp_path: Path) -> None:
     sheet = draw(tmp_path / "out", tiny_bundle).prompts[0].sheet
-    assert "is a contact sheet; replay one of the pictures instead" in refusal(replay, sheet, tmp_path / "again")
+    assert "is a contact sheet; replay one of the images instead" in refusal(replay, sheet, tmp_path / "again")
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     assert "does not carry its origin" in refusal(replay, tmp_path / "photo.png", tmp_path / "again")
     (tmp_path / "text.png").write_text("no picture")
@@ -325,7 +331,7 @@ def test_no_prompt_file(tmp_path: Path) -> None:
         ({"prompts": ["a dog", "heart " * 6000]}, "prompt 2 of 2"),
         ({"top_of": "none.png"}, "none.png does not exist"),
         ({"candidate_budget": 0.01}, "too little"),
-        ({"num_images": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
+        ({"num_images_per_prompt": 6}, "num_images_per_prompt must be at most num_candidates 5, got 6"),
         ({"num_candidates": -1}, "num_candidates must be"),
         ({"num_candidates": 10**10}, "GB of memory"),
         ({"seed": -1}, "seed must be"),

@@ -70,10 +70,10 @@ def test_imports_flow_down(home: str) -> None:
         ("tessera/data/source.py", "def f():\n    from stage1_tokenizer.train import train"),
         ("stage1_tokenizer/losses/lpips.py", "import torch, rerank.clip as clip"),
         ("stage1_tokenizer/train.py", "from pipelines import TextToImagePipeline"),
-        ("stage2_prior/transformer.py", "from stage1_tokenizer import Autoencoder"),
+        ("stage2_prior/gpt.py", "from stage1_tokenizer import Autoencoder"),
         ("stage2_prior/sampling/train.py", "import stage1_tokenizer"),
         ("rerank/clip.py", "import pipelines.bundle"),
-        ("pipelines/cli.py", "from tests.conftest import tiny_bundle"),
+        ("pipelines/cli/train.py", "from tests.conftest import tiny_bundle"),
     ],
 )
 def test_an_upward_import_is_found(path: str, source: str) -> None:
@@ -89,7 +89,7 @@ def test_an_upward_import_is_found(path: str, source: str) -> None:
         ("stage2_prior/convert/llamagen.py", "from stage1_tokenizer import Autoencoder"),
         ("rerank/similarity.py", "from stage1_tokenizer import Autoencoder\nfrom stage2_prior import load_prior"),
         ("stage1_tokenizer/bottlenecks/vq.py", "from .base import Bottleneck\nfrom ..losses import gan"),
-        ("pipelines/cli.py", "import rerank.train, tessera.data.source"),
+        ("pipelines/cli/train.py", "import rerank.train, tessera.data.source"),
     ],
 )
 def test_a_downward_import_is_fine(path: str, source: str) -> None:
@@ -122,7 +122,7 @@ def test_relative_imports_are_resolved() -> None:
 def test_drawing_and_ranking_need_no_extra() -> None:
     """The wheel with its plain dependencies runs `tessera generate`: what only the extras bring is not imported."""
     blocked = "import sys; from pipelines.cli import EXTRAS; sys.modules.update(dict.fromkeys(EXTRAS)); "
-    wanted = "import open_clip, pipelines.generate, pipelines.rank, pipelines.info, pipelines.check"
+    wanted = "import open_clip, pipelines.output, pipelines.rank, pipelines.info, tessera.data.check"
     done = subprocess.run([sys.executable, "-c", blocked + wanted], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

@@ -167,8 +167,8 @@ def test_known_codes_that_are_none(pipeline: TextToImagePipeline) -> None:
     known = [0] * 15 + [-1]
     assert pipeline(PROMPT, known_codes=known, num_candidates=1).codes[0, 0].flatten().tolist()[:15] == known[:15]
     cases: list[tuple[list[Any], str]] = [
-        (known[:-1], r"must be 16 whole numbers, -1 for those to draw, got \(15,\)"),
-        ([0.5] * 16, "16 whole numbers"),
+        (known[:-1], r"must be 16 whole numbers, -1 for missing ones, got 15"),
+        ([0.5] * 16, r"known_codes must be \(n,\) whole numbers"),
         (["a"], "known_codes must be whole numbers"),
         ([0] * 16, "nothing to draw"),
         ([32] * 15 + [-1], r"codes must be in \[0, 32\)"),
@@ -213,7 +213,7 @@ def test_the_command_fills_and_the_picture_replays(
     assert [picture["seed"] for picture in pictures] == expected.seeds
     for picture, wanted in zip(pictures, expected.images, strict=True):
         assert Image.open(picture["path"]).tobytes() == wanted.tobytes()
-        known = read_origin(picture["path"])["known_codes"]
+        known = read_origin(picture["path"])["request"]["known_codes"]
         assert len(known) == 16 and [place % 4 for place in range(16) if known[place] == -1] == [2, 3] * 4
         replay = ["generate", "--replay", picture["path"], "--model", bundle, "-o", tmp_path / "again", "--json"]
         code, out, _ = run(capsys, *replay)
@@ -234,7 +234,7 @@ def test_what_cannot_be_filled_is_one_sentence(
         (["--mask", mask], "give --image and --mask together"),
         (["--image", image, "--mask", mask, "--top-of", image], "give one of them"),
         (["--image", image, "--mask", black], "the mask is black all over"),
-        (["--image", image, "--mask", small], "the picture has 40x30 pixels and its mask 16x16"),
+        (["--image", image, "--mask", small], "the image has 40x30 pixels and its mask 16x16"),
         (["--image", image, "--mask", clear], "clear.png has transparent parts"),
         (["--image", image, "--mask", text], "text.png is not a readable picture"),
         (["--image", tmp_path / "gone.png", "--mask", mask], "gone.png does not exist"),

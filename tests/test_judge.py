@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.judge import Judge, Region, Request, Verdict, lab, read_requests
 from tessera.errors import InputError
 
 pytest.importorskip("emoji", reason="the recipe's names come from the package `emoji`: pip install 'tessera[emoji]'")
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes" / "emo
 import prepare  # noqa: E402
 from captions import name_items  # noqa: E402
 from glyphs import DEFAULT_FONT, load_items  # noqa: E402
+from judge import Case, Judge, Region, Verdict, lab, read_cases  # noqa: E402
 from world import BESIDE, STACKED, WHOLE, Box, Scene, World, build_world, small_box  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -72,9 +72,9 @@ def drawn(world: World, glyphs: tuple[tuple[str, Box], ...], colour: str | None,
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def asked(world: World, glyphs: tuple[tuple[str, Box], ...], colour: str | None) -> Request:
+def asked(world: World, glyphs: tuple[tuple[str, Box], ...], colour: str | None) -> Case:
     regions = tuple(Region(box, item, world.items[item].base) for item, box in glyphs)
-    return Request("a test", "test", regions, colour)
+    return Case("a test", "test", regions, colour)
 
 
 @pytest.mark.parametrize("kind", [plain, background, small, pair])
@@ -176,11 +176,11 @@ def test_wrong_input_is_one_sentence(world: World, judge: Judge, tmp_path: Path)
     line = {"prompt": "x", "split": "s", "regions": [{"box": [0, 0, 1, 2], "item": "a", "concept": "a"}]}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(line | {"background": None}))
     with pytest.raises(InputError, match="line 1 is no evaluation prompt"):
-        read_requests(tmp_path / "prompts.jsonl")
+        read_cases(tmp_path / "prompts.jsonl")
     with pytest.raises(InputError, match="cannot read "):
-        read_requests(tmp_path / "nowhere.jsonl")
+        read_cases(tmp_path / "nowhere.jsonl")
 
 
 def test_the_shipped_prompts_can_be_read() -> None:
-    requests = read_requests(Path(prepare.__file__).parent / "prompts.jsonl")
+    requests = read_cases(Path(prepare.__file__).parent / "prompts.jsonl")
     assert len(requests) == 1709

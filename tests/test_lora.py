@@ -12,7 +12,8 @@ from torch import nn
 
 from pipelines import cli
 from pipelines.bundle import find_bundle
-from pipelines.generate import generate, replay
+from pipelines.output import generate
+from pipelines.replay import replay
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, load_prior
 from stage2_prior.finetune import LoraSettings, add_lora, finetune, save_lora, split_qkv

@@ -19,10 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines import TextToImagePipeline
-from pipelines.arguments import check_prompt
 from pipelines.bundle import INDEX, bundle_fingerprint, draws_pictures_of, file_hash, find_bundle, read_index
-from pipelines.generate import generate, replay
+from pipelines.output import generate
+from pipelines.prefix import prompt_prefixes
 from pipelines.rank import rank
+from pipelines.replay import replay
+from pipelines.request import TextPrompt
+from pipelines.request import check_text as check_prompt
 from rerank import ClipReranker
 from rerank.clip import new_clip
 from tessera.clip.text import FileTokenizer, write_tokenizer
@@ -364,7 +367,7 @@ def test_a_prompt_may_be_too_long_for_the_reranker_alone(shipped: TextToImagePip
     short = FileTokenizer.from_folder(find_bundle("emoji") / "reranker", context_length=4)
     clip = ClipReranker(shipped.reranker.model, short, shipped.reranker.config)
     with pytest.warns(InputWarning, match="^the prompt is longer than the reranker reads; left out is 'above a blue"):
-        shipped.prefixes(["a red heart above a blue circle"], clip)
+        prompt_prefixes([TextPrompt("a red heart above a blue circle")], shipped.bundle, clip)
 
 
 # Pictures of earlier editions -----------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.generate import generate, replay
+from pipelines.output import generate
+from pipelines.replay import replay
 from rerank import ClipReranker
 from stage1_tokenizer import Autoencoder
 from stage2_prior import load_prior

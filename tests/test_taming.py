@@ -17,9 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipelines import cli
 from pipelines.bundle import assemble_bundle, load_bundle
-from pipelines.conditions import SegmentationMap, map_codes
+from pipelines.conditions import SegmentationMap
 from pipelines.convert import convert
 from pipelines.info import describe
+from pipelines.prefix import map_codes
 from pipelines.text_to_image import TextToImagePipeline
 from stage2_prior import Sampling, load_prior, sample
 from stage2_prior.imported.taming import TamingPrior

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines import text_to_image
-from pipelines.arguments import check_prompt
+from pipelines import beside, memory
+from pipelines.bundle import Bundle
 from pipelines.conditions import ClassLabel, NoPrompt
-from pipelines.machine import find_device, free_memory
-from pipelines.text_to_image import Generated, TextToImagePipeline, batches, fill
+from pipelines.generate import Generated
+from pipelines.memory import batches, row_bytes
+from pipelines.pruning import fill
+from pipelines.request import check_text as check_prompt
+from pipelines.text_to_image import TextToImagePipeline
 from rerank import ClipReranker
 from stage2_prior import GPTConfig, GPTPrior, flatten_codes, sample, unflatten_codes
 from tessera.errors import InputError, InputWarning
+from tessera.hardware import find_device, free_memory
 from tessera.images import to_pil
 from tests.conftest import tiny_prior
 
@@ -52,12 +57,12 @@ def test_pictures_do_not_depend_on_the_batch_size(tiny_pipeline: TextToImagePipe
     assert torch.allclose(torch.tensor(usual.scores), torch.tensor(other.scores), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("threaded", [True, False])
 def test_pictures_are_the_same_decoded_beside_drawing_and_in_turn(
-    tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch, beside: bool
+    tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch, threaded: bool
 ) -> None:
     """As on a GPU and as on a CPU, beside one prompt and one candidate at a time."""
-    monkeypatch.setattr(text_to_image, "decodes_beside", lambda device: beside)
+    monkeypatch.setattr(beside, "runs_beside", lambda device: threaded)
     prompts = [PROMPT, "a dog"]
     together = tiny_pipeline(prompts, num_images_per_prompt=3, num_candidates=3, batch_size=1)
     for i, prompt in enumerate(prompts):
@@ -110,7 +115,7 @@ def test_the_likelihood_of_the_codes_counts_in_the_order(
     plain = tiny_pipeline(PROMPT, **count)
     assert ranked.seeds != plain.seeds and ranked.log_probs is not None and plain.log_probs is None
 
-    own = TextToImagePipeline(tiny_pipeline.image_tokenizer, prior, tiny_clip, tiny_pipeline.sampling, None, None, 0.5)
+    own = TextToImagePipeline(replace(tiny_pipeline.bundle, likelihood_weight=0.5))
     assert own(PROMPT, **count).seeds == ranked.seeds and own(PROMPT, **count).log_probs is None
     assert own(PROMPT, likelihood_weight=0, **count).seeds == plain.seeds
     assert own(PROMPT, num_candidates=2, rerank=False).scores is None
@@ -150,7 +155,7 @@ def test_a_reranker_of_ones_own(tiny_pipeline: TextToImagePipeline) -> None:
             assert prompt == PROMPT and len(images) == len(codes)
             return images.mean((1, 2, 3))
 
-    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior, Brightest())
+    pipeline = TextToImagePipeline(replace(tiny_pipeline.bundle, reranker=Brightest()))
     means = [sum(image.tobytes()) for image in pipeline(PROMPT, num_images_per_prompt=5, num_candidates=5).images]
     assert means == sorted(means, reverse=True)
     with pytest.raises(InputError, match="Brightest cannot be saved"):
@@ -288,7 +293,7 @@ def test_guidance_on_a_prior_trained_without_dropout_is_warned_of(tiny_pipeline:
     assert isinstance(config, GPTConfig)
     never = GPTPrior(config.model_copy(update={"condition_dropout": 0.0}))
     never.text_tokenizer = tiny_pipeline.prior.text_tokenizer
-    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, never.eval(), sampling=tiny_pipeline.sampling)
+    pipeline = TextToImagePipeline(replace(tiny_pipeline.bundle, prior=never.eval(), reranker=None))
     with pytest.warns(InputWarning, match="trained without condition_dropout"):
         assert len(pipeline(PROMPT, num_candidates=1).images) == 1
     pipeline(PROMPT, num_candidates=1, guidance_scale=1.0)  # ours would be an error
@@ -329,7 +334,7 @@ def test_the_whole_budget_prunes_nothing(tiny_pipeline: TextToImagePipeline) -> 
 
 
 def test_pruning_by_a_reranker_needs_one(tiny_pipeline: TextToImagePipeline) -> None:
-    bare = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior)
+    bare = TextToImagePipeline(Bundle(tiny_pipeline.image_tokenizer, tiny_pipeline.prior))
     assert "there is no reranker to prune by" in refusal(bare, PROMPT, candidate_budget=0.5, prune_by="reranker")
 
 
@@ -356,7 +361,7 @@ def test_a_prompt_is_decoded_while_the_next_is_drawn(
     tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first picture waits until the second prompt is being drawn, which it would for ever if they took turns."""
-    monkeypatch.setattr(text_to_image, "decodes_beside", lambda device: True)
+    monkeypatch.setattr(beside, "runs_beside", lambda device: True)
     drawing_next, decode = threading.Event(), tiny_pipeline.image_tokenizer.decode
 
     def wait(codes: Tensor) -> Tensor:
@@ -376,7 +381,7 @@ def test_what_fails_in_the_second_thread_is_raised(tiny_pipeline: TextToImagePip
         def score(self, prompt: str, images: Tensor, codes: Tensor) -> Tensor:
             raise RuntimeError("no score today")
 
-    pipeline = TextToImagePipeline(tiny_pipeline.image_tokenizer, tiny_pipeline.prior, Broken())
+    pipeline = TextToImagePipeline(replace(tiny_pipeline.bundle, reranker=Broken()))
     with pytest.raises(RuntimeError, match="no score today"):
         pipeline([PROMPT, "a dog"], num_candidates=2, batch_size=2)
 
@@ -395,12 +400,12 @@ def test_batches_cover_every_candidate_once_in_order(prompts: int, count: int, r
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        ("", "the prompt is empty; say what the picture should show"),
+        ("", "the prompt is empty; say what the image should show"),
         (" \t\n", "the prompt is empty"),
         ("a\0b", "looks like binary data, it has the character U+0000; give text"),
         ("a \x1b[31m heart", "U+001B"),
         (b"\xff\xfe heart".decode(errors="surrogateescape"), "looks like binary data"),
-        ("🎉🎉", "the prompt '🎉🎉' has no letter or digit; describe the picture in words"),
+        ("🎉🎉", "the prompt '🎉🎉' has no letter or digit; describe the image in words"),
         ("❤️👍🏽!?", "has no letter or digit"),
         ("...", "has no letter or digit"),
         ("心" * 33_000, "the prompt has 33,000 characters, at most 32,000 are read; shorten it"),
@@ -476,7 +481,7 @@ def test_good_prompts(prompt: str) -> None:
         ({"candidate_budget": 0.5, "num_candidates": 1}, "is too little for 1 candidates of 16 codes"),
         (
             {"candidate_budget": 0.5, "num_images_per_prompt": 6},
-            "finishes 5 of 16 candidates, but num_images_per_prompt is 6; ask for fewer pictures",
+            "finishes 5 of 16 candidates, but num_images_per_prompt is 6; ask for fewer images",
         ),
         ({"candidate_budget": 0.5, "guidance_scale": 1.0}, "which takes guidance; set a guidance_scale other than 1"),
         ({"candidate_budget": 0.5, "prune_by": "luck"}, "prune_by must be 'likelihood' or 'reranker', got 'luck'"),
@@ -500,15 +505,15 @@ def test_little_memory_means_small_batches_or_refusal(
     tiny_pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = tiny_pipeline(PROMPT, num_candidates=9, num_images_per_prompt=9)
-    row = tiny_pipeline._row_bytes(tiny_pipeline.sampling)
-    monkeypatch.setattr(text_to_image, "free_memory", lambda device: 5 * row)
+    row = row_bytes(tiny_pipeline.bundle, tiny_pipeline.sampling)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 5 * row)
     steps: list[int] = []
     few = tiny_pipeline(
         PROMPT, num_candidates=9, num_images_per_prompt=9, progress=lambda done, total: steps.append(done)
     )
     assert steps[:2] == [2, 4]  # two rows at once: half of what is free
     assert pixels(few) == pixels(usual)
-    monkeypatch.setattr(text_to_image, "free_memory", lambda device: row // 2)
+    monkeypatch.setattr(memory, "free_memory", lambda device: row // 2)
     assert "9 candidates for 1 prompts need about 0.0 GB" in refusal(tiny_pipeline, PROMPT, num_candidates=9)
 
 
@@ -517,7 +522,7 @@ def test_the_estimate_of_memory_is_of_the_right_size(tiny_pipeline: TextToImageP
     prior = tiny_prior(tiny_pipeline.image_tokenizer, tiny_pipeline.prior.text_tokenizer)  # type: ignore[arg-type]
     _, cache = prior.prefill(prior.null_prefix(64), prior.length)
     held = 4 * (cache.keys.numel() + cache.values.numel()) + 4 * 64 * 3 * 16**2
-    reckoned = 64 * tiny_pipeline._row_bytes(tiny_pipeline.settings(guidance_scale=1.0))
+    reckoned = 64 * row_bytes(tiny_pipeline.bundle, tiny_pipeline.settings(guidance_scale=1.0))
     assert held <= reckoned <= 3 * held
 
 

@@ -17,7 +17,9 @@ region and r the reference, |f - r| / min(|f|, |r|) stays below a limit. So an e
 many pictures and noise are called nothing, while a somewhat soft picture passes. The same softness costs a small region
 more than a whole picture, so its limit is higher.
 
-Letters: N pictures, S side of a region in pixels, R references, C features.
+It is the judge of `tessera evaluate pipeline` for the emoji world (`pipelines/evaluate.py` has the protocol).
+
+Letters: N images, S side of a region in pixels, R references, C features.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Region(NamedTuple):
     concept: str  # what it is a variant of
 
 
-class Request(NamedTuple):
+class Case(NamedTuple):
     """One line of the evaluation."""
 
     prompt: str
@@ -89,19 +91,24 @@ class References(NamedTuple):
     balance: float  # what the histograms were multiplied by
 
 
-def read_requests(file: str | Path) -> list[Request]:
+def read_cases(file: str | Path) -> list[Case]:
     """The prompts of an evaluation: JSON lines with prompt, split, regions (box, item, concept) and background."""
-    requests = []
+    cases = []
     for where, entry in read_json_lines(Path(file)):
         try:
             regions = tuple(Region(box_of(r["box"]), str(r["item"]), str(r["concept"])) for r in entry["regions"])
-            requests.append(Request(str(entry["prompt"]), str(entry["split"]), regions, entry["background"]))
+            cases.append(Case(str(entry["prompt"]), str(entry["split"]), regions, entry["background"]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{where} is no evaluation prompt ({error!r}); a line holds prompt, split, "
                 "regions (each with box, item and concept) and background"
             ) from None
-    return requests
+    return cases
+
+
+def load(prompts: Path, references: Path) -> tuple[list[Case], Judge]:
+    """The cases and the judge of an evaluation recipe (`judge:` in the YAML)."""
+    return read_cases(prompts), Judge(references)
 
 
 def box_of(numbers: Sequence[float]) -> Box:
@@ -138,23 +145,48 @@ class Judge:
         self._rendered = lru_cache(maxsize=None)(self._render)
         self._references = lru_cache(maxsize=32)(self._reference_features)
 
-    def __call__(self, images: Tensor, request: Request) -> list[Verdict]:
-        """Judge pictures drawn for one request. `images` is (N, 3, H, W), float in [-1, 1] or uint8, H = W."""
+    def __call__(self, images: Tensor, case: Case) -> list[Verdict]:
+        """Judge pictures drawn for one case. `images` is (N, 3, H, W), float in [-1, 1] or uint8, H = W."""
         pixels = to_pixels(images)
-        if request.background is not None and request.background not in self.colours:
+        if case.background is not None and case.background not in self.colours:
             known = ", ".join(self.colours)
-            raise InputError(f"background {request.background!r} of {request.prompt!r} is unknown; known are {known}")
-        backgrounds = [WHITE] * len(pixels) if request.background is None else self.backgrounds(pixels)
-        seen = [self.look(pixels, region.box, backgrounds) for region in request.regions]
+            raise InputError(f"background {case.background!r} of {case.prompt!r} is unknown; known are {known}")
+        backgrounds = [WHITE] * len(pixels) if case.background is None else self.backgrounds(pixels)
+        seen = [self.look(pixels, region.box, backgrounds) for region in case.regions]
         verdicts = []
         for n, background in enumerate(backgrounds):
             row = tuple(column[n] for column in seen)
-            coloured = request.background in (None, background)
-            exact = all(s.item == region.item for s, region in zip(row, request.regions, strict=True))
-            concept = all(s.concept == region.concept for s, region in zip(row, request.regions, strict=True))
-            asked = None if request.background is None else background
+            coloured = case.background in (None, background)
+            exact = all(s.item == region.item for s, region in zip(row, case.regions, strict=True))
+            concept = all(s.concept == region.concept for s, region in zip(row, case.regions, strict=True))
+            asked = None if case.background is None else background
             verdicts.append(Verdict(row, asked, exact and coloured, concept and coloured))
         return verdicts
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raises InputError where a case asks for an item without a reference."""
+        unknown = {region.item for case in cases for region in case.regions} - set(self.items)
+        if unknown:
+            raise InputError(
+                f"the prompts ask for {len(unknown)} items that the judge has no reference of, {min(unknown)!r} first; "
+                f"prepare {self.folder} and the prompts from one font"
+            )
+
+    def asked_for(self, case: Case, size: int) -> Image.Image:
+        """The image that would have been right, size x size, made of the references."""
+        red, green, blue = self.colours[case.background or WHITE].int().tolist()
+        image = Image.new("RGBA", (size, size), (red, green, blue, 255))
+        for region in case.regions:
+            left, top, right, _ = (round(edge * size) for edge in region.box)
+            with opened_image(self.files[self.items.index(region.item)]) as reference:
+                glyph = reference.convert("RGBA").resize((right - left, right - left), Image.Resampling.LANCZOS)
+            image.alpha_composite(glyph, (left, top))
+        return image.convert("RGB")
+
+    def label(self, case: Case) -> str:
+        """The prompt, or in its place a name that the contact sheet's font can write."""
+        readable = max(case.prompt, default="") < "\u3000"  # the font has no Chinese
+        return case.prompt if readable else self.names[self.items.index(case.regions[0].item)]
 
     def backgrounds(self, pixels: Tensor) -> list[str]:
         """The named colour that most pixels of the outermost frame are nearest to; pixels (N, 3, H, W) in [0, 255]."""
