@@ -1,6 +1,6 @@
 """The image tokenizer: encoder, bottleneck, decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
 
-`tile` bounds the memory that large pictures take, at the price of time: see tiling.py.
+`tile` bounds the memory that large images take, at the price of time: see tiling.py.
 
 With a continuous bottleneck (a plain or a variational autoencoder) there are latents but no codes: what asks for codes
 is refused, `encode_latents` and `decode_latents` serve any kind.
@@ -44,7 +44,7 @@ class AutoencoderConfig(Config):
     image_size: int = Field(256, gt=0)  # pixels a side it is trained at; other sizes divisible by the factor work
     trunk: AnyTrunkConfig = TrunkConfig()
     bottleneck: BottleneckConfig = VQEMAConfig()
-    pixels: PixelKind = "values"  # what the decoder says of a pixel; a likelihood as loss needs its own kind
+    pixels: PixelKind = "values"  # what the decoder predicts of a pixel; a likelihood as loss needs its own kind
     origin: Origin | None = None  # of converted weights; null for those trained here
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class Autoencoded(NamedTuple):
     images: Tensor  # (B, 3, H, W), close to [-1, 1] but not clipped
     codes: Tensor | None  # (B, Q, h, w) int64; None when continuous
     bottleneck_loss: Tensor  # scalar
-    output: Tensor  # (B, C, H, W), what the decoder said: the images, or the parameters of a likelihood of them
+    output: Tensor  # (B, C, H, W), what the decoder predicts: the images, or the parameters of a likelihood of them
 
 
 class Autoencoder(nn.Module):
@@ -186,7 +186,7 @@ class Autoencoder(nn.Module):
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
-        """(Q, h, w) of a picture of `image_size`."""
+        """(Q, h, w) of an image of `image_size`."""
         self._need_codes()
         side = self.image_size // self.factor
         return self.bottleneck.num_codebooks, side, side
