@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from stage2_prior import GPTConfig, GPTPrior
 from stage2_prior.train import Objective
 from tessera.hardware import keep_memory, multiplies_bfloat16
-from tessera.native.accelerate import accelerate
-from tessera.native.gradients import product
+from tessera.native import accelerate_training
+from tessera.native.linear import product
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def ours(size: Size, device: str, **options: Any) -> Contender:
         text_length=size.text, dim=size.dim, depth=size.depth, num_heads=size.num_heads, **options,
     )  # fmt: skip
     prior = GPTPrior(config).to(device)
-    if device == "cpu":
-        accelerate(prior)
+    accelerate_training(prior)  # as `tessera train` does
     objective = Objective(prior)
     prefix = torch.randint(3, size.vocabulary, (size.batch, size.text), device=device)
     codes = torch.randint(0, size.vocabulary, (size.batch, size.side**2), device=device)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from tessera.hardware import multiplies_bfloat16
+from tessera.native import accelerate
 
 SIZE, FACTOR, CODES, WIDTHS = 256, 16, 16384, (128, 128, 256, 256, 512)
 WORKS = ("encode", "decode", "train")
@@ -52,6 +53,7 @@ def ours(compiled: bool = False) -> Contender:
     }
     config = {"image_size": SIZE, "trunk": trunk, "bottleneck": {"type": "vq", "codebook_size": CODES, "patience": 0}}
     model = Autoencoder(AutoencoderConfig.model_validate(config))
+    accelerate(model.decoder)  # as `from_pretrained` does
     if compiled:
         model.encoder.compile()
         model.decoder.compile()

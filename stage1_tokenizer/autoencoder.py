@@ -1,6 +1,6 @@
 """The image tokenizer: encoder, bottleneck, decoder (VQ-VAE, van den Oord et al. 2017; VQGAN, Esser et al. 2021).
 
-`tile` bounds the memory that large pictures take, at the price of time: see tiling.py.
+`tile` bounds the memory that large images take, at the price of time: see tiling.py.
 
 With a continuous bottleneck (a plain or a variational autoencoder) there are latents but no codes: what asks for codes
 is refused, `encode_latents` and `decode_latents` serve any kind.
@@ -24,6 +24,7 @@ from stage1_tokenizer.patches import PatchEncoder
 from stage1_tokenizer.tiling import decode_tiles, encode_tiles
 from tessera.config import Config, Origin, read_config
 from tessera.errors import InputError
+from tessera.native import accelerate
 from tessera.weights.building import built_from
 from tessera.weights.folder import Unfilled, find_folder, fingerprint, load_weights, save_pretrained
 
@@ -43,7 +44,7 @@ class AutoencoderConfig(Config):
     image_size: int = Field(256, gt=0)  # pixels a side it is trained at; other sizes divisible by the factor work
     trunk: AnyTrunkConfig = TrunkConfig()
     bottleneck: BottleneckConfig = VQEMAConfig()
-    pixels: PixelKind = "values"  # what the decoder says of a pixel; a likelihood as loss needs its own kind
+    pixels: PixelKind = "values"  # what the decoder predicts of a pixel; a likelihood as loss needs its own kind
     origin: Origin | None = None  # of converted weights; null for those trained here
 
     @model_validator(mode="after")
@@ -70,7 +71,7 @@ class Autoencoded(NamedTuple):
     images: Tensor  # (B, 3, H, W), close to [-1, 1] but not clipped
     codes: Tensor | None  # (B, Q, h, w) int64; None when continuous
     bottleneck_loss: Tensor  # scalar
-    output: Tensor  # (B, C, H, W), what the decoder said: the images, or the parameters of a likelihood of them
+    output: Tensor  # (B, C, H, W), what the decoder predicts: the images, or the parameters of a likelihood of them
 
 
 class Autoencoder(nn.Module):
@@ -93,6 +94,7 @@ class Autoencoder(nn.Module):
         with built_from(folder), Unfilled():
             model = cls(config)
         load_weights(model, folder)
+        accelerate(model.decoder)  # not the encoder: other rounding could change a code
         return model
 
     def save_pretrained(
@@ -102,7 +104,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> Autoencoded:
         """(B, 3, H, W) in [-1, 1] -> reconstructions, codes, bottleneck loss."""
-        z = self.encoder(images.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
+        z = self.encoder(images)  # (B, D, h, w)
         with torch.autocast(z.device.type, enabled=False):  # distances and running means want float32
             bottlenecked = self.bottleneck(z.float())
         output = self.decoder(bottlenecked.latents)
@@ -152,7 +154,6 @@ class Autoencoder(nn.Module):
                 f"images must be (B, {colours}, H, W) with H and W divisible by {self.factor}, "
                 f"got {tuple(images.shape)}"
             )
-        images = images.contiguous(memory_format=torch.channels_last)
         z = self.encoder(images) if tile is None else encode_tiles(self.encoder, images, tile)
         return self.bottleneck(z.float())
 
@@ -185,7 +186,7 @@ class Autoencoder(nn.Module):
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
-        """(Q, h, w) of a picture of `image_size`."""
+        """(Q, h, w) of an image of `image_size`."""
         self._need_codes()
         side = self.image_size // self.factor
         return self.bottleneck.num_codebooks, side, side

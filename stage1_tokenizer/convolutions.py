@@ -13,7 +13,6 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stage1_tokenizer.winograd import WinogradConv2d
 from tessera.config import Config
 from tessera.errors import InputError
 
@@ -123,11 +122,11 @@ class Decoder(nn.Module):
         self.patch_size = config.patch_size
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_dim, 1) if config.code_dim else nn.Identity()
         self.conv_in = nn.Conv2d(config.latent_dim, width, 3, padding=1)
-        self.middle = middle(width, config, WinogradConv2d)
+        self.middle = middle(width, config)
         self.levels = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
             attention = level in config.decoder_attention
-            blocks = residual_blocks(config.decoder_blocks, width, wide, attention, config, WinogradConv2d)
+            blocks = residual_blocks(config.decoder_blocks, width, wide, attention, config)
             up = [Upsample(wide)] if level > 0 else []
             self.levels.append(nn.Sequential(*blocks, *up))
             width = wide
@@ -141,33 +140,29 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(activated(self.norm_out, x)), self.patch_size)
 
 
-def residual_blocks(
-    number: int, width_in: int, width: int, attention: bool, config: TrunkConfig, conv: type[nn.Conv2d] = nn.Conv2d
-) -> list[nn.Module]:
+def residual_blocks(number: int, width_in: int, width: int, attention: bool, config: TrunkConfig) -> list[nn.Module]:
     """The blocks of one level, each followed by attention where the level has it."""
     layers: list[nn.Module] = []
     for i in range(number):
-        layers.append(ResidualBlock(width_in if i == 0 else width, width, config, conv))
+        layers.append(ResidualBlock(width_in if i == 0 else width, width, config))
         layers += [SelfAttention(width, config)] if attention else []
     return layers
 
 
-def middle(width: int, config: TrunkConfig, conv: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
+def middle(width: int, config: TrunkConfig) -> nn.Sequential:
     """Residual block, attention, residual block at the resolution of the codes."""
     attention = [SelfAttention(width, config)] if config.attention else []
-    return nn.Sequential(
-        ResidualBlock(width, width, config, conv), *attention, ResidualBlock(width, width, config, conv)
-    )
+    return nn.Sequential(ResidualBlock(width, width, config), *attention, ResidualBlock(width, width, config))
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width_in: int, width: int, config: TrunkConfig, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
+    def __init__(self, width_in: int, width: int, config: TrunkConfig) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_groups, width_in, eps=config.norm_eps)
-        self.conv1 = conv(width_in, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(config.norm_groups, width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = conv(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +208,7 @@ class Upsample(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = WinogradConv2d(width, width, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

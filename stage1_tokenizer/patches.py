@@ -1,8 +1,8 @@
 """An encoder that sees each patch alone: a thing gets the same codes wherever it stands and whatever is beside it.
 
 A convolutional encoder reads a patch together with its surroundings, and through its norms and attention with the whole
-picture, so that a glyph's codes change with its neighbours and background. Codes of single patches do not: what a prior
-learned of a thing in one picture holds in all others. The decoder still sees the whole picture. The price is the
+image, so that a glyph's codes change with its neighbours and background. Codes of single patches do not: what a prior
+learned of a thing in one image holds in all others. The decoder still sees the whole image. The price is the
 redundancy between neighbouring patches, which residual codes pay for.
 
 Letters: B batch, H W pixels, h w patches, D latent channels.

@@ -1,8 +1,8 @@
-"""Encoder and decoder tile by tile, for pictures too large for memory, equal to the whole up to rounding.
+"""Encoder and decoder tile by tile, for images too large for memory, equal to the whole up to rounding.
 
 Convolutions look a few positions around them, so a tile with a margin as wide as that gives what the whole would give
-inside. Two things look at the whole picture. Group norms: a level's tiles are gone through once for each of its norms,
-up to the norm whose mean and variance are wanted next, and once more with all of them known. Attention: levels that
+inside. Two things depend on the whole image. Group norms: a level's tiles are computed once for each of its norms,
+up to the norm whose mean and variance are needed next, and once more with all of them known. Attention: levels that
 have it, and the trunk's deepest level, are computed whole, at the resolution of the codes (the factor's square fewer
 positions than pixels). Only the levels' results are kept whole; the price is computing a level with n norms about n / 2
 times. Deliberate difference from what others call tiling, which blends overlapping tiles with norms of their own: that
@@ -219,7 +219,7 @@ def _place(core: Box, x: Tensor, result: Tensor) -> Tensor:
 
 
 class _Unknown(Exception):
-    """A group norm was reached whose statistics over the whole picture are not known yet."""
+    """A group norm was reached whose statistics over the whole image are not known yet."""
 
     def __init__(self, norm: nn.GroupNorm, x: Tensor) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ class MappedRows:
         return mapped
 
 
-DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 
 def _place(file: Path, name: str) -> tuple[Path, int, np.dtype, tuple[int, ...]]:

@@ -5,8 +5,6 @@ adapters, on our own classes. What makes such training unstable, and what to do:
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from stage2_prior.codes import Codes, CodesBatch, CodesSteps
-from stage2_prior.gpt import GPTPrior
 from stage2_prior.load import load_prior
 from stage2_prior.lora import CONFIG, PREFIX, WEIGHTS, Target, base_fingerprint, target_layers
-from stage2_prior.sampling import Sampling
 from stage2_prior.train import (
-    Noise,
+    Lesson,
     Objective,
+    Samples,
     Trainable,
     check_codes,
+    check_lesson,
     find_image_tokenizer,
-    noisy_prefix,
-    sample_pictures,
+    fit,
 )
 from tessera.config import Config, read_recipe
 from tessera.errors import InputError
-from tessera.training.run import OptimizerConfig, Run, RunConfig
+from tessera.training.optimizers import OptimizerConfig
+from tessera.training.run import Run
 from tessera.weights.writing import replacing
 
 
@@ -93,7 +91,7 @@ class SplitQKV(nn.Module):
 
 
 def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
-    """Trains the LoRA of a recipe, or goes on with it; returns its folder."""
+    """Trains the LoRA of a recipe, or resumes; returns its folder."""
     recipe = read_recipe(FinetuneRecipe, recipe_path, overrides)
     codes = Codes(recipe.codes)
     image_tokenizer = find_image_tokenizer(recipe.image_tokenizer, codes, recipe.codes)
@@ -113,9 +111,9 @@ def finetune(recipe_path: str | Path, overrides: list[str] | None = None) -> Pat
     run = Run(recipe.run, recipe, identities)
     objective = run.prepare("prior", Objective(prior.train(), recipe.pkeep, recipe.code_dropout))
     # The base never changes, so averages and checkpoints hold the adapter alone.
-    adapter = Adapter(prior)
-    run.state["prior"] = adapter.weights
-    average = run.averaged("average", adapter.weights)
+    adapter = nn.ParameterList(weight for weight in prior.parameters() if weight.requires_grad)
+    run.state["prior"] = adapter
+    average = run.averaged("average", adapter)
     optimizers = run.optimizers("optimizer", prior, recipe.optimizer, {"lora_B": recipe.lora.b_rate})
 
     def save(folder: Path) -> None:

@@ -1,13 +1,15 @@
 """Trains a prior on codes: `tessera train prior RECIPE.yaml` (Ramesh et al. 2021, section 2.2; Dayma et al. 2021)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, assert_never
+from typing import Annotated, Any, NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from stage1_tokenizer import Autoencoder
 from stage2_prior.bart import BartConfig, BartPrior, BartSize
@@ -24,7 +26,7 @@ from stage2_prior.truncation import describe, truncation
 from tessera.config import Config, read_recipe, validate
 from tessera.errors import InputError
 from tessera.text import PAD, TextTokenizer
-from tessera.training.averages import AveragedWeights
+from tessera.training.averages import AveragedWeights, evaluating
 from tessera.training.optimizers import OptimizerConfig, Optimizers
 from tessera.training.run import Run, RunConfig
 
@@ -246,7 +248,7 @@ def fit(
         average.update()
 
         if run.samples_due():
-            with average.applied(), torch.no_grad():
+            with average.applied(), evaluating(prior), torch.no_grad():
                 with run.optional("model") as folder:
                     save(folder)
                 if samples.image_tokenizer is not None:

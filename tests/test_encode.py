@@ -46,7 +46,9 @@ def write_rows(data: Path, order: object, **fields: object) -> None:
 def pairs(world: Path) -> dict[str, list[int]]:
     """The codes that stand beside each caption."""
     codes = Codes(world / "codes")
-    return {captions[0]: row.tolist() for captions, row in zip(codes.captions, codes.read(range(len(codes))), strict=True)}
+    return {
+        captions[0]: row.tolist() for captions, row in zip(codes.captions, codes.read(range(len(codes))), strict=True)
+    }
 
 
 def expected(world: Path, numbers: object = range(PICTURES)) -> dict[str, list[int]]:

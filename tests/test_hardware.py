@@ -1,4 +1,4 @@
-"""What is asked of the machine, in a process of its own."""
+"""Settings of the process and its machine."""
 
 import subprocess
 import sys

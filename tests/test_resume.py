@@ -25,7 +25,7 @@ from tessera.data.loader import check_shared_memory, step_loader
 from tessera.data.source import Steps
 from tessera.errors import InputError, WriteError
 from tessera.images import written_by_tessera
-from tessera.training import run as training
+from tessera.training import checkpoint
 from tessera.training.run import Run
 
 RUN = {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "sample_every": 4, "log_every": 1}
@@ -128,7 +128,7 @@ def test_what_may_change_does(world: Path, copied: Path) -> None:
                 "image_tokenizer=null"]  # fmt: skip
     train(world, "prior", copied / "prior", *harmless)
     assert [path.name for path in (copied / "prior" / "checkpoints").iterdir()] == ["step-0000006.pt"]
-    keys = {key.partition(".")[0] for key in training.MAY_CHANGE}
+    keys = {key.partition(".")[0] for key in checkpoint.MAY_CHANGE}
     assert keys <= {"run", "activation_checkpointing", "prompts", "sampling", "data", "loss"}
 
 
@@ -274,7 +274,7 @@ def test_a_checkpoint_is_written_before_samples_are_tried(
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
-    for stage, module, name in (("prior", stage2_prior.train, "sample_pictures"),
+    for stage, module, name in (("prior", stage2_prior.train, "sample_images"),
                                 ("tokenizer", stage1_tokenizer.train, "_sample"),
                                 ("reranker", rerank.train, "retrieval")):  # fmt: skip
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

@@ -124,7 +124,7 @@ def test_the_smallest_tile_is_one_position(norm_groups):
 @torch.no_grad()
 @pytest.mark.parametrize("trunk", ["no attention", "modulated", "dvae"])
 def test_no_piece_is_larger_than_a_tile_and_what_it_sees(trunk):
-    """By the pictures that the convolutions are given; the field of view of a decoder's level is under 16 a side."""
+    """By the inputs of the convolutions; the field of view of a decoder's level is under 16 a side."""
     model, sides = built(TRUNKS[trunk]), []
     latents = torch.randn(1, 8, 64, 64)
     for module in model.decoder.modules():

@@ -392,8 +392,9 @@ def test_captions_are_left_out_apart_on_each_process(world):
             config=SimpleNamespace(seed=0), step=5, accelerator=SimpleNamespace(process_index=rank), device="cpu"
         )
         Run._seed(run)
-        noise = stage2_prior.train.Noise(condition_dropout=dropout, bpe_dropout=bpe_dropout)
-        return stage2_prior.train.noisy_prefix(run, prior, batch, noise)
+        run_config = RunConfig(output="nowhere", steps=1, batch_size=1)
+        lesson = stage2_prior.train.Lesson(condition_dropout=dropout, bpe_dropout=bpe_dropout, run=run_config)
+        return stage2_prior.train.noisy_prefix(run, prior, batch, lesson)
 
     null, plain = prior.null_prefix(1), prior.prefix(["a picture 3"])
     assert torch.equal(prefix(0, 0.0, 0.0), plain.expand(400, -1))

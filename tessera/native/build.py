@@ -2,7 +2,7 @@
 
 A library is made for this processor and kept in the user's cache folder ($XDG_CACHE_HOME/tessera, by default
 ~/.cache/tessera) under a name that says of what source, compiler and processor. It needs nothing but a C++ compiler
-(g++ or clang++, or what $CXX names); without one `library()` raises Unavailable and the caller goes on without it.
+(g++ or clang++, or what $CXX names); without one `library()` raises Unavailable and the caller does without it.
 """
 
 import ctypes

@@ -39,16 +39,13 @@ class AveragedWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model has the average for its weights, in eval mode; afterwards all is as before."""
-        modes = {module: module.training for module in self.model.modules()}
         weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self._put(self.tensors)
-        self.model.eval()
         try:
-            yield
+            with evaluating(self.model):
+                yield
         finally:
             self._put(weights)
-            for module, training in modes.items():
-                module.training = training
 
     @torch.no_grad()
     def _put(self, tensors: dict[str, Tensor]) -> None:
@@ -73,3 +70,15 @@ class AveragedWeights:
             for name, tensor in self.model.state_dict().items():
                 self.tensors[name].copy_(tensor.detach())
         self.updates = int(state[COUNT])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -35,7 +36,8 @@ from tessera.errors import InputError, WriteError
 from tessera.files import split_lines
 from tessera.hardware import has_accelerator, keep_memory, multiplies_bfloat16
 from tessera.images import contact_sheet, save_png, to_pil
-from tessera.native.accelerate import accelerate
+from tessera.native import accelerate_training
+from tessera.training.averages import AveragedWeights
 from tessera.training.checkpoint import (
     CHECKPOINT,
     identity_of,
@@ -46,6 +48,7 @@ from tessera.training.checkpoint import (
     refuse_foreign_run,
 )
 from tessera.training.optimizers import OptimizerConfig, Optimizers
+from tessera.training.sharded import gathered, load_model, shard
 from tessera.weights.lock import FolderLock
 from tessera.weights.writing import new_file, write_text
 
@@ -132,8 +135,7 @@ class Run:
         Where `blocks` are given, parameters are split over the processes instead of copied, block by block (FSDP2).
         """
         model.to(self.device)
-        if self.device.type == "cpu":
-            accelerate(model)
+        accelerate_training(model)
         if self.config.compile and compile:
             model.compile()
         self.state[name] = model

@@ -1,9 +1,9 @@
 // Winograd's F(2x2, 3x3) in bfloat16 on a CPU that multiplies in it: weights, sums and products. See winograd.py.
 //
-// A picture is worked on in squares of up to 8 x 8 blocks of 2 x 2 outputs, all steps of a square by one thread, so that
+// An image is worked on in squares of up to 8 x 8 blocks of 2 x 2 outputs, all steps of a square by one thread, so that
 // what is between stays in that core's cache. Channels come last. Sums and products are accumulated in float32.
 //
-// Letters: H W sides of the picture, C channels in, D channels out, T blocks of a square.
+// Letters: H W sides of the image, C channels in, D channels out, T blocks of a square.
 #include <algorithm>
 #include <vector>
 
@@ -30,7 +30,7 @@ static inline void store(const Vector& from, bfloat16* to) {  // to nearest, tie
 
 constexpr int64_t SQUARE = 8, SIDE = 2 * SQUARE + 2, NUMBERS = 16, ROWS = 4;
 constexpr int64_t MOST = (SQUARE * SQUARE + ROWS - 1) / ROWS * ROWS;  // blocks of a square, rounded up
-constexpr int64_t APART = 32;  // beyond a power of two between numbers, so that they do not share one line of the cache
+constexpr int64_t GAP = 32;  // beyond a power of two between numbers, so that they do not share one line of the cache
 
 // The paper's G on both sides of the weights of 16 channels in, then a place in `kernels` for each of their pairs.
 template <class Number>
@@ -95,10 +95,10 @@ static inline void back(const Vector* m, int step, Vector* to, int to_step) {
 
 // One square: `down` x `across` blocks whose first output is at (top, left).
 template <int N>
-static void square(const bfloat16* picture, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
+static void square(const bfloat16* image, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
                    const float* bias, int64_t wide, int64_t top, int64_t left, int64_t down, int64_t across,
                    bfloat16* patch, bfloat16* numbers, float* products, bfloat16* out) {
-    // What the square sees, zeros beyond the picture.
+    // What the square reads, zeros beyond the image.
     for (int64_t y = 0; y < 2 * down + 2; y++)
         for (int64_t x = 0; x < 2 * across + 2; x++) {
             const int64_t row = top + y - 1, column = left + x - 1;
@@ -106,10 +106,10 @@ static void square(const bfloat16* picture, int64_t height, int64_t width, int64
             if (row < 0 || row >= height || column < 0 || column >= width)
                 memset(to, 0, channels * sizeof *to);
             else
-                memcpy(to, picture + (row * width + column) * channels, channels * sizeof *to);
+                memcpy(to, image + (row * width + column) * channels, channels * sizeof *to);
         }
     const int64_t blocks = down * across, rounded = (blocks + ROWS - 1) / ROWS * ROWS;
-    const int64_t pitch = rounded * channels + APART;
+    const int64_t pitch = rounded * channels + GAP;
     for (int64_t t = 0; t < blocks; t++) {
         const bfloat16* from = patch + (t / across * 2 * SIDE + t % across * 2) * channels;
         for (int64_t c = 0; c < channels; c += W) {
@@ -121,7 +121,7 @@ static void square(const bfloat16* picture, int64_t height, int64_t width, int64
         }
     }
     constexpr int64_t block = 16 * N;
-    const int64_t between = rounded * block + APART;
+    const int64_t between = rounded * block + GAP;
     for (int64_t first = 0; first < wide; first += block) {
         for (int64_t i = 0; i < NUMBERS; i++) {
             const uint32_t* kernel = kernels + (first / block * NUMBERS + i) * channels / 2 * block;
@@ -143,18 +143,18 @@ static void square(const bfloat16* picture, int64_t height, int64_t width, int64
 }
 
 template <int N>
-static void squares(const bfloat16* picture, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
+static void squares(const bfloat16* image, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
                     const float* bias, int64_t wide, bfloat16* out, int64_t threads) {
     const int64_t down = height / 2, across = width / 2;
     const int64_t rows = (down + SQUARE - 1) / SQUARE, columns = (across + SQUARE - 1) / SQUARE;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<bfloat16> patch(SIDE * SIDE * channels), numbers(NUMBERS * (MOST * channels + APART));
-        std::vector<float> products(NUMBERS * (MOST * 16 * N + APART));
+        std::vector<bfloat16> patch(SIDE * SIDE * channels), numbers(NUMBERS * (MOST * channels + GAP));
+        std::vector<float> products(NUMBERS * (MOST * 16 * N + GAP));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * columns; i++) {
             const int64_t y = i / columns * SQUARE, x = i % columns * SQUARE;
-            square<N>(picture, height, width, channels, kernels, bias, wide, 2 * y, 2 * x,
+            square<N>(image, height, width, channels, kernels, bias, wide, 2 * y, 2 * x,
                       std::min(SQUARE, down - y), std::min(SQUARE, across - x), patch.data(), numbers.data(),
                       products.data(), out);
         }
@@ -176,11 +176,11 @@ void pack_bfloat16(const bfloat16* weight, int64_t channels, int64_t wide, uint3
     pack(weight, channels, wide, block_of(wide), kernels, threads);
 }
 
-// picture (H, W, C), H and W even -> its convolution (H, W, D).
-void convolve(const bfloat16* picture, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
+// image (H, W, C), H and W even -> its convolution (H, W, D).
+void convolve(const bfloat16* image, int64_t height, int64_t width, int64_t channels, const uint32_t* kernels,
               const float* bias, int64_t wide, bfloat16* out, int64_t threads) {
     const auto run = wide % 64 == 0 ? squares<4> : wide % 32 == 0 ? squares<2> : squares<1>;
-    run(picture, height, width, channels, kernels, bias, wide, out, threads);
+    run(image, height, width, channels, kernels, bias, wide, out, threads);
 }
 }
 #endif

@@ -1,7 +1,7 @@
 // The sums of Winograd's F(4x4, 3x3) on a CPU, before and after the matrix products. See winograd.py.
 //
-// Letters: H W sides of the picture, C channels, n m blocks of 4 x 4 outputs a column and a row. Channels come last and
-// are worked on side by side, a vector at a time. The 36 numbers of a block lie `pitch` floats apart.
+// Letters: H W sides of the image, C channels, n m blocks of 4 x 4 outputs a column and a row. Channels come last and
+// are worked on side by side, a vector at a time. The 36 numbers of a block read from the image lie `pitch` floats apart.
 #include "vectors.h"
 
 // The paper's B' along one side: six neighbours -> six numbers.
@@ -38,10 +38,10 @@ static inline void forth_block(const float* const at[36], int64_t c, float* out,
 }
 
 template <class V>
-static inline void back_block(const float* m, int64_t pitch, const float* bias, int64_t c, float* out, int64_t row,
-                              int64_t column) {
+static inline void back_block(const float* const m[36], int64_t at, const float* bias, int64_t c, float* out,
+                              int64_t row, int64_t column) {
     V d[36], t[24], o[16], b;
-    for (int i = 0; i < 36; i++) load(m + i * pitch + c, d[i]);
+    for (int i = 0; i < 36; i++) load(m[i] + at + c, d[i]);
     for (int x = 0; x < 6; x++) back(d + x, 6, t + x, 6);
     for (int y = 0; y < 4; y++) back(t + 6 * y, 1, o + 4 * y, 1);
     load(bias + c, b);
@@ -51,10 +51,10 @@ static inline void back_block(const float* m, int64_t pitch, const float* bias, 
 
 extern "C" {
 
-// `rows` rows of blocks from the row `first` on: picture (H, W, C) -> numbers (36, rows * m, C). Beyond the picture
+// `rows` rows of blocks from the row `first` on: image (H, W, C) -> numbers (36, rows * m, C). Beyond the image
 // there is the `border`, C zeros.
-void picture_to_numbers(const float* picture, int64_t height, int64_t width, int64_t channels, int64_t first,
-                        int64_t rows, const float* border, float* numbers, int64_t pitch, int64_t threads) {
+void to_numbers(const float* image, int64_t height, int64_t width, int64_t channels, int64_t first, int64_t rows,
+                const float* border, float* numbers, int64_t pitch, int64_t threads) {
     const int64_t across = width / 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < rows * across; block++) {
@@ -63,7 +63,7 @@ void picture_to_numbers(const float* picture, int64_t height, int64_t width, int
         for (int y = 0; y < 6; y++)
             for (int x = 0; x < 6; x++) {
                 const bool inside = top + y >= 0 && top + y < height && left + x >= 0 && left + x < width;
-                at[6 * y + x] = inside ? picture + ((top + y) * width + left + x) * channels : border;
+                at[6 * y + x] = inside ? image + ((top + y) * width + left + x) * channels : border;
             }
         float* out = numbers + block * channels;
         int64_t c = 0;
@@ -72,17 +72,17 @@ void picture_to_numbers(const float* picture, int64_t height, int64_t width, int
     }
 }
 
-// numbers (36, rows * m, C) -> the same rows of blocks in the picture (H, W, C).
-void numbers_to_picture(const float* numbers, int64_t pitch, const float* bias, int64_t width, int64_t channels,
-                        int64_t first, int64_t rows, float* picture, int64_t threads) {
+// 36 products (rows * m, C) -> the same rows of blocks in the image (H, W, C).
+void from_products(const float* const products[36], const float* bias, int64_t width, int64_t channels, int64_t first,
+                   int64_t rows, float* image, int64_t threads) {
     const int64_t across = width / 4;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < rows * across; block++) {
-        const float* m = numbers + block * channels;
-        float* out = picture + (4 * (first + block / across) * width + 4 * (block % across)) * channels;
+        const int64_t at = block * channels, row = width * channels;
+        float* out = image + (4 * (first + block / across) * width + 4 * (block % across)) * channels;
         int64_t c = 0;
-        for (; c + W <= channels; c += W) back_block<Vector>(m, pitch, bias, c, out, width * channels, channels);
-        for (; c < channels; c++) back_block<float>(m, pitch, bias, c, out, width * channels, channels);
+        for (; c + W <= channels; c += W) back_block<Vector>(products, at, bias, c, out, row, channels);
+        for (; c < channels; c++) back_block<float>(products, at, bias, c, out, row, channels);
     }
 }
 }
