@@ -162,13 +162,13 @@ def test_not_a_number_leaves_its_batch(world, tmp_path, monkeypatch, stage):
         "reranker": rerank.train.train,
         "prior": stage2_prior.train.train,
     }[stage]
-    seen, update = [], Run.update
+    seen, backward = [], Run.backward
 
-    def bad_in_step_2(self, optimizers, loss):
+    def bad_in_step_2(self, loss):
         seen.append(self._batch)
-        update(self, optimizers, loss * torch.nan if self.step == 2 else loss)
+        backward(self, loss * torch.nan if self.step == 2 else loss)
 
-    monkeypatch.setattr(Run, "update", bad_in_step_2)
+    monkeypatch.setattr(Run, "backward", bad_in_step_2)
     with pytest.raises(TrainingError, match=r"step 2: the loss is nan.*not-finite-0000002.safetensors.*learning_rate"):
         train(world / f"{stage}.yaml", [f"run.output={tmp_path}/run"])
     path = tmp_path / "run" / "not-finite-0000002.safetensors"

@@ -17,7 +17,7 @@ def is_sharded(model: nn.Module) -> bool:
 def gathered(value: Any) -> Any:
     """A state dict, or any nesting of dicts, lists and tuples, with whole tensors."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().clone()  # without the padding of its storage
     if isinstance(value, dict):
         return {key: gathered(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

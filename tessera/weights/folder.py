@@ -42,7 +42,7 @@ def save_pretrained(
     state, split = model.state_dict(), False
     for name, tensor in state.items():
         if hasattr(tensor, "full_tensor"):  # a DTensor; gathering it is collective
-            tensor, split = tensor.full_tensor(), True
+            tensor, split = tensor.full_tensor().clone(), True  # without the padding of its storage
         state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     if split and torch.distributed.get_rank() != 0:
         return
