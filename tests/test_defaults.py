@@ -16,8 +16,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "golden" / "defaults.json"
 SOURCES = (
-    "tessera/training/run.py",
-    "tessera/training/muon.py",
+    "tessera/training/*.py",
     "tessera/metrics.py",
     "tessera/text/bpe_dropout.py",
     "tessera/clip/*.py",

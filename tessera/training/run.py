@@ -10,6 +10,7 @@ Resuming with another is refused; what may change is listed in `MAY_CHANGE`. A d
 before it is used. A disk that is full costs that checkpoint, not the run. One process writes a run's folder at a time.
 """
 
+import atexit
 import json
 import sys
 import time
@@ -70,6 +71,11 @@ class RunConfig(Config):
     accumulate: int = Field(1, gt=0)  # micro-batches that a batch is computed in: less memory, the same step
 
 
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Stateful(Protocol):
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> Any: ...
@@ -99,6 +105,8 @@ class Run:
             step_scheduler_with_optimizer=False,
         )
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        if self.accelerator.num_processes > 1:  # gloo's threads may end a process that leaves the group standing
+            atexit.register(_leave_group)
         if config.batch_size < self.accelerator.num_processes:
             raise InputError(
                 f"run.batch_size is {config.batch_size}, but {self.accelerator.num_processes} processes share a batch; "
