@@ -1,6 +1,7 @@
 """How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from tessera.errors import InputError
 from tessera.files import read_json_lines
 from tessera.metrics import frechet_distance, perplexity, psnr, ssim
 from tessera.weights.writing import write_text
+
+logger = logging.getLogger("stage1_tokenizer")
 
 FEWEST = 2  # pictures that a Fréchet distance can be measured on
 LEFT_OUT = {
@@ -107,7 +110,7 @@ def evaluate(
         some = range(first, min(first + batch_size, len(images)))
         batch, places, skipped = images.readable(some)
         for sentence in unreadable.add(skipped):
-            print(f"skipped: {sentence}", file=sys.stderr)
+            logger.warning("skipped: %s", sentence)
         if not places:
             continue
         measured += [some[place] for place in places]

@@ -6,6 +6,7 @@ labels are always those of the data now.
 """
 
 import json
+import logging
 import re
 import sys
 import time
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from stage1_tokenizer import Autoencoder
 from stage2_prior.codes import CAPTIONS, META, CodesMeta, SegmentationMeta, shard_name
+from tessera import logs
 from tessera.config import Config, read_recipe, validate
 from tessera.data.folder import Item, class_names, read_items
 from tessera.data.source import DataConfig, ImageFolder, Unreadable
@@ -34,6 +36,8 @@ from tessera.hardware import has_accelerator
 from tessera.images import read_map
 from tessera.weights.lock import FolderLock
 from tessera.weights.writing import MARK, is_ours, new_file, refuse_data_folder, write_json, write_text
+
+logger = logging.getLogger("stage2_prior")
 
 DIGEST = 16  # bytes
 
@@ -74,6 +78,7 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     Raises InputError for too many broken pictures, and when the folder holds codes of another tokenizer or files that
     are not ours.
     """
+    logs.show()
     recipe = read_recipe(EncodeRecipe, recipe_path, overrides)
     state = PartialState(cpu=not has_accelerator())
     tokenizers = Tokenizers(
@@ -95,13 +100,13 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
         _check_folder(folder, meta, tokenizers.fingerprint)
         state.wait_for_everyone()
         if state.is_main_process and data.left_out:
-            print(data.left_out, file=sys.stderr)
+            logger.info("%s", data.left_out)
         done, kept, seconds = _write_shards(folder, meta, data, tokenizers, recipe.batch_size, state)
         state.wait_for_everyone()
         if state.is_main_process:
             _settle(folder, meta, _captions(data.items, names))
             rate = f"{done} images in {seconds:.1f} s, {done / seconds:.1f} images per second"
-            print(f"{folder}: {rate}{f'; {kept} had their codes' if kept else ''}", file=sys.stderr)
+            logger.info("%s: %s%s", folder, rate, f"; {kept} had their codes" if kept else "")
         state.wait_for_everyone()
     return folder
 
@@ -139,7 +144,7 @@ def _write_shards(
             some = missing[start : start + batch_size]
             made, skipped = _encode(data, some, tokenizers, state.device)
             for sentence in unreadable.add(skipped):
-                print(f"skipped: {sentence}", file=sys.stderr)
+                logger.warning("skipped: %s", sentence)
             rows |= made
             done += len(made)
             bar.update(len(some))

@@ -1,18 +1,21 @@
 """Trains the byte-level BPE text tokenizer on the captions of a data folder: `tessera train text-tokenizer`."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
 
 from stage2_prior.truncation import describe, truncation
+from tessera import logs
 from tessera.config import Config, read_recipe
 from tessera.data.folder import Item, read_folder
 from tessera.data.source import DataConfig
 from tessera.errors import InputError
 from tessera.text import TextTokenizer
 from tessera.weights.writing import refuse_data_folder, refuse_foreign
+
+logger = logging.getLogger("stage2_prior")
 
 
 class TextRecipe(Config):
@@ -27,6 +30,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     """Trains and saves the text tokenizer of a recipe; returns its folder."""
     recipe = read_recipe(TextRecipe, recipe_path, overrides)
     refuse_data_folder(recipe.output, recipe.data.folder, "output")
+    logs.show()
     refuse_foreign(recipe.output)
     items, _, without_text = read_folder(recipe.data.folder, recipe.data.split)
     if not any(item.captions for item in items):
@@ -37,13 +41,12 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
     tokenizer.save_pretrained(recipe.output)
     captions = list(_captions(items))
     lengths = sorted(tokenizer.lengths(captions))
-    print(
-        f"{recipe.output}: {tokenizer.vocab_size} tokens; captions have {lengths[len(lengths) // 2]} tokens in the "
-        f"median, {lengths[int(len(lengths) * 0.99)]} at the 99th percentile, {lengths[-1]} at most",
-        file=sys.stderr,
-    )
+    logger.info(
+        "%s: %d tokens; captions have %d tokens in the median, %d at the 99th percentile, %d at most",
+        recipe.output, tokenizer.vocab_size, lengths[len(lengths) // 2], lengths[int(len(lengths) * 0.99)], lengths[-1],
+    )  # fmt: skip
     if recipe.text_length is not None:
-        print(describe(truncation(tokenizer, captions, recipe.text_length), recipe.text_length), file=sys.stderr)
+        logger.info("%s", describe(truncation(tokenizer, captions, recipe.text_length), recipe.text_length))
     return recipe.output
 
 

@@ -1,6 +1,7 @@
 """Fixtures of several tests: a bundle of tiny random parts, built of the real classes in a second."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pipelines.text_to_image import TextToImagePipeline
 from rerank.clip import ClipReranker, new_clip
 from stage1_tokenizer import Autoencoder, AutoencoderConfig
 from stage2_prior import GPTConfig, GPTPrior, Sampling
+from tessera.logs import shown
 from tessera.text import TextTokenizer
 
 torch.set_num_threads(1)
@@ -68,6 +70,13 @@ def tiny_prior(autoencoder: Autoencoder, text_tokenizer: TextTokenizer, seed: in
         for weight in prior.parameters():  # fresh blocks are the identity, which would make the prompt not matter
             weight.add_(torch.randn_like(weight) * 0.1)
     return prior
+
+
+@pytest.fixture(autouse=True)
+def logs_on_stderr() -> Iterator[None]:
+    """What our packages log is on standard error, as for users of the command line."""
+    with shown():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from pipelines import cli
 from stage1_tokenizer import Autoencoder
 from stage1_tokenizer.convert import convert
 from tessera.errors import InputError, InputWarning
-from tessera.weights.averages import choosing, unwrapped
+from tessera.weights.choice import choosing, unwrapped
 from tessera.weights.containers import unpacked
 from tessera.weights.foreign import Weights, mentions, need, pick, read_tensors
 from tessera.weights.pickles import MAGIC, VERSION, Inert, read_pickle

@@ -1,7 +1,6 @@
 """The entry point `main`: one command, one exit code."""
 
 import codecs
-import logging
 import os
 import signal
 import sys
@@ -14,15 +13,14 @@ import typer
 
 from pipelines.cli.app import app
 from pipelines.cli.failures import explain, show_warning
-
-LOGGERS = ("tessera", "stage1_tokenizer", "stage2_prior", "rerank", "pipelines")
+from tessera.logs import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; whatever goes wrong is one line on standard error."""
     _write_what_cannot_be_written()
     try:
-        with warnings.catch_warnings(), _ended_by_sigterm(), _logs_on_stderr():
+        with warnings.catch_warnings(), _ended_by_sigterm(), shown():
             warnings.showwarning = show_warning  # type: ignore[assignment]
             code = app(None if arguments is None else list(arguments), prog_name="tessera", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -75,27 +73,3 @@ def _write_what_cannot_be_written() -> None:
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) in ("strict", "surrogateescape", "backslashreplace"):
             stream.reconfigure(errors="tessera")  # type: ignore[union-attr]
-
-
-class _Stderr(logging.Handler):
-    """Lines on what standard error is when they are written, beside a progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(self.format(record), file=sys.stderr)
-        else:
-            print(self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def _logs_on_stderr() -> Iterator[None]:
-    """Our loggers write plain lines to standard error."""
-    handler = _Stderr()
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)

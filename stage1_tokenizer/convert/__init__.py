@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from stage1_tokenizer.convert.vqgan import Converted, build
 from tessera.errors import InputError, nearest
 from tessera.paths import expand
-from tessera.weights.averages import choosing
+from tessera.weights.choice import choosing
 from tessera.weights.folder import save_pretrained
 from tessera.weights.writing import refuse_foreign
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from stage2_prior.convert.base import Converted
 from tessera.errors import InputError, nearest
-from tessera.weights.averages import choosing
+from tessera.weights.choice import choosing
 
 FAMILIES = ("mindalle", "rudalle", "min-dalle", "llamagen", "janus", "taming")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tessera.clip.model import CLIP, CLIPConfig, Pretrained
 from tessera.errors import InputError, nearest, reason
 from tessera.paths import expand, is_file
-from tessera.weights.averages import choosing
+from tessera.weights.choice import choosing
 from tessera.weights.folder import Unfilled, hub_at_once
 from tessera.weights.foreign import read_tensors
 

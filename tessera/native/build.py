@@ -8,13 +8,15 @@ A library is made for this processor and kept in the user's cache folder ($XDG_C
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+logger = logging.getLogger("tessera")
 
 FLAGS = [
     "-O2",
@@ -65,7 +67,7 @@ def _built(source: Path, what: str) -> Path:
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if library.is_file():
         return library
-    print(f"building the {what} for this processor, once", file=sys.stderr)
+    logger.warning("building the %s for this processor, once", what)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as place:

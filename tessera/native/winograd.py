@@ -20,7 +20,7 @@ Letters: B batch, C channels in, D channels out, H W pixels, n blocks a column, 
 
 import ctypes
 import functools
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tessera.hardware import cpu_multiplies_bfloat16
 from tessera.native import build
 from tessera.native.linear import multiplies_by_onednn, product
+
+logger = logging.getLogger("tessera")
 
 MIN_PIXELS = {torch.float32: 64 * 64, torch.bfloat16: 32 * 32}  # below, transforming the weights costs too much
 MIN_CHANNELS = 64  # below, the sums cost what the products save
@@ -106,7 +108,7 @@ def _built(source: str) -> ctypes.CDLL | None:
     try:
         return build.library(Path(__file__).with_name(source), "fast convolutions")
     except build.Unavailable as error:
-        print(f"images are decoded by plain convolutions, which are slower: {error}", file=sys.stderr)
+        logger.warning("images are decoded by plain convolutions, which are slower: %s", error)
         return None
 
 

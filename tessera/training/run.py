@@ -12,6 +12,7 @@ before it is used. A disk that is full costs that checkpoint, not the run. One p
 
 import atexit
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from tessera import logs
 from tessera.config import Config
 from tessera.data.loader import step_loader
 from tessera.data.source import Unreadable
@@ -85,6 +87,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what to do."""
 
 
+logger = logging.getLogger("tessera")
 B = TypeVar("B")
 
 
@@ -97,6 +100,7 @@ class Run:
         """`identities` say what the paths of the recipe lead to, by the key of each path; `pictures` is how many there
         are to be read, where pictures are read. Raises InputError when the folder is in use, is no run's, or holds
         checkpoints of another recipe or of other data, before anything is written to it."""
+        logs.show()
         self.config, self.step = config, 0
         self.bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
         self.accelerator = Accelerator(
@@ -334,7 +338,7 @@ class Run:
     def say(self, message: str) -> None:
         """One line on standard error, of the main process."""
         if self.is_main:
-            tqdm.write(message, file=sys.stderr)
+            logger.info("%s", message)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.errors import InputError
 from tessera.files import read_json_object, read_yaml
-from tessera.weights.averages import chosen
+from tessera.weights.choice import chosen
 from tessera.weights.containers import (
     by_checkpoint,
     is_checkpoint,
