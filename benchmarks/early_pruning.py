@@ -2,9 +2,9 @@
 
     python benchmarks/early_pruning.py --references data/emoji/glyphs --splits seen,seen_zh,tone --limit 40
 
-Every candidate is drawn to the end once. Pruning changes no picture, it only drops some (a test says so), so what a
+Every candidate is drawn to the end once. Pruning changes no image, it only drops some (a test says so), so what a
 budget leaves is worked out from the log-probabilities of the same candidates; the reranker then chooses among those.
-Beside the likelihood gain stand dropping by the reranker's score of a filled-in picture (--clip, which takes long),
+Beside the likelihood gain stand dropping by the reranker's score of a filled-in image (--clip, which takes long),
 by the prior's plain likelihood, by the plain gain (weight 1 of the null), and at random.
 """
 
@@ -34,10 +34,10 @@ class Prompt(NamedTuple):
 
     split: str
     exact: Tensor  # (N,) bool
-    scores: Tensor  # (N,) that the pipeline orders finished pictures by
+    scores: Tensor  # (N,) that the pipeline orders finished images by
     log_probs: Tensor  # (N, T)
     null_log_probs: Tensor  # (N, T)
-    filled: dict[int, Tensor]  # codes there were -> (N,) the reranker's score of the filled-in picture
+    filled: dict[int, Tensor]  # codes there were -> (N,) the reranker's score of the filled-in image
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def look(pipeline: TextToImagePipeline, prompt: str, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N, T) -> pictures (N, 3, H, W) and the reranker's scores (N,)."""
+    """Codes (N, T) -> images (N, 3, H, W) and the reranker's scores (N,)."""
     grids = unflatten_codes(codes, pipeline.image_tokenizer.code_shape)
     images = torch.cat([pipeline.image_tokenizer.decode(one) for one in grids.split(1)])
     assert pipeline.reranker is not None
@@ -94,7 +94,7 @@ def look(pipeline: TextToImagePipeline, prompt: str, codes: Tensor) -> tuple[Ten
 
 
 def curve(drawn: list[Prompt], candidates: int, length: int, clip: bool) -> list[dict[str, Any]]:
-    """The share of prompts whose best picture is exact, for each budget and way of dropping, split by split."""
+    """The share of prompts whose best image is exact, for each budget and way of dropping, split by split."""
     rows = []
     for budget in BUDGETS:
         position, survivors = length, candidates

@@ -1,4 +1,4 @@
-"""Prompt -> ranked pictures: the pipeline, bundles of trained parts, evaluation and the command line.
+"""Prompt -> ranked images: the pipeline, bundles of trained parts, evaluation and the command line.
 
 `from pipelines import TextToImagePipeline` loads torch at that moment; `import pipelines` alone costs nothing, so that
 `tessera --help` answers at once.

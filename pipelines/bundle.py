@@ -1,4 +1,4 @@
-"""Bundles: a folder with all that turns a prompt into ranked pictures.
+"""Bundles: a folder with all that turns a prompt into ranked images.
 
     model_index.json        what belongs together: a fingerprint for each part and each file, and defaults of a call
     image_tokenizer/        config.json, model.safetensors
@@ -63,7 +63,7 @@ class BundleIndex(Config):
     fingerprints: Fingerprints
     files: dict[str, str]  # path inside the bundle -> first 16 hex digits of the file's SHA-256
     sampling: Sampling = Sampling()  # what a pipeline draws with unless told otherwise
-    likelihood_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # in the order of pictures, likewise
+    likelihood_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # in the order of images, likewise
     # Fingerprints of earlier editions. What they drew this one draws too, for prompts of which all could be seen.
     earlier_fingerprints: tuple[str, ...] = ()
 
@@ -160,7 +160,7 @@ def shipped_bundles() -> list[str]:
 
 
 def bundle_fingerprint(name: str | Path) -> str:
-    """Changes when the pictures of a seed do: all files but the reranker's, which only orders them."""
+    """Changes when the images of a seed do: all files but the reranker's, which only orders them."""
     return _fingerprint(read_index(find_bundle(name)))
 
 

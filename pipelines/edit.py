@@ -13,7 +13,7 @@ from pipelines.bundle import Bundle
 from pipelines.request import MISSING, whole_number
 from stage2_prior import flatten_codes
 from stage2_prior.base import Prior
-from stage2_prior.infill import GapsPrior
+from stage2_prior.infill import InfillPrior
 from tessera.errors import InputError
 from tessera.images import fit, to_tensor, white_cells
 
@@ -56,7 +56,7 @@ def encode(bundle: Bundle, image: Image.Image) -> Tensor:
     return bundle.image_tokenizer.encode(pixels[None].to(bundle.device))
 
 
-def prior_of_missing(prior: Prior, known_codes: Sequence[int]) -> GapsPrior:
+def prior_of_missing(prior: Prior, known_codes: Sequence[int]) -> InfillPrior:
     """The prior of the codes that are MISSING among these (T,). Raises InputError when they are not an image's."""
     codes = torch.tensor(known_codes, dtype=torch.int64, device=next(prior.parameters()).device)
     if codes.shape != (prior.length,):
@@ -67,4 +67,4 @@ def prior_of_missing(prior: Prior, known_codes: Sequence[int]) -> GapsPrior:
     missing = grid == MISSING
     if (missing.any(0) != missing.all(0)).any():
         raise InputError("known_codes must have all codebooks of a position or none of them")
-    return GapsPrior(prior, grid, ~missing[0])
+    return InfillPrior(prior, grid, ~missing[0])

@@ -129,7 +129,7 @@ def evaluate_pipeline(
     """Draw and judge every case, or `limit` of each split, evenly spaced.
 
     `out` receives prompts.jsonl, evaluation.json, and failures_SPLIT.png: the best candidate beside what was asked, for
-    prompts whose best candidate is not exact. `settings` says how the pictures are drawn (weights, sampling); a folder
+    prompts whose best candidate is not exact. `settings` says how the images are drawn (weights, sampling); a folder
     that was begun with other settings, prompts, seed or judge is refused.
     """
     if batch_size < 1 or (limit is not None and limit < 1):

@@ -43,7 +43,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_recipe(recipe_path: str | Path, overrides: list[str] | None = None) -> Evaluated:
-    """Draws and judges the prompts of a recipe, or resumes; `output` also receives pictures of failures.
+    """Draws and judges the prompts of a recipe, or resumes; `output` also receives images of failures.
 
     Raises InputError for a wrong recipe, a bundle without a reranker, or an `output` begun with other settings.
     """

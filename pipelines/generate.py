@@ -121,10 +121,10 @@ def sample_batches(job: Job, progress: Progress | None) -> Iterator[list[Sampled
     """Batch after batch, the codes of each of its prompts."""
     request, prior, plan = job.request, job.prior, job.plan
     prompts, candidates, given = len(request.prompts), len(request.candidate_seeds), len(job.first_codes)
-    each = candidates * (prior.length - given)
+    codes_of_prompt = candidates * (prior.length - given)
     if plan is not None:
-        each = count_codes(plan, candidates, prior.length, given, job.batch_size)
-    total, done = prompts * each, 0
+        codes_of_prompt = count_codes(plan, candidates, prior.length, given, job.batch_size)
+    total, done = prompts * codes_of_prompt, 0
 
     def report(codes: int) -> None:
         nonlocal done
@@ -172,7 +172,7 @@ def score(sampled: SampledCodes, images: Tensor, codes: Tensor, job: Job) -> Ten
 
 
 def by_prompt(candidates: Iterator[list[Candidate]], finished: int) -> Iterator[list[Candidate]]:
-    """The `finished` candidates of each prompt, whose batches come one after the other."""
+    """The `finished` candidates of each prompt, whose batches come one after another."""
     prompt: list[Candidate] = []
     for some in candidates:
         prompt += some

@@ -16,7 +16,7 @@ from tessera.weights.writing import refuse_foreign
 def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str | Path) -> Path:
     """Adds weighted LoRAs to the weights of a bundle's or a folder's prior and writes a model of the same kind.
 
-    Weights are written as float32, so that the pictures are those of the LoRAs kept apart. Raises InputError when a
+    Weights are written as float32, so that the images are those of the LoRAs kept apart. Raises InputError when a
     LoRA is one of another base, when the sum is not finite, or when `out` has something else in it.
     """
     out, alone = expand(out), expand(model)
@@ -31,8 +31,8 @@ def merge(model: str | Path, loras: Sequence[tuple[str | Path, float]], out: str
     with tempfile.TemporaryDirectory() as temporary:
         prior = Path(temporary) / "prior"
         _merged(folder / "prior", loras, prior)
-        there = {part: folder / part for part, found in index.fingerprints.model_dump().items() if found is not None}
-        parts: dict[str, Any] = dict.fromkeys(PARTS) | there | {"prior": prior}
+        present = {part: folder / part for part, found in index.fingerprints.model_dump().items() if found is not None}
+        parts: dict[str, Any] = dict.fromkeys(PARTS) | present | {"prior": prior}
         return assemble_bundle(out, **parts, sampling=index.sampling, likelihood_weight=index.likelihood_weight)
 
 

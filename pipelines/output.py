@@ -173,7 +173,7 @@ def _is_word(character: str) -> bool:
 
 
 def public_name(model: str | Path) -> str:
-    """What a picture may tell about its bundle: a shipped or hub name, of a folder only the last part."""
+    """What an image may tell about its bundle: a shipped or hub name, of a folder only the last part."""
     if str(model) in shipped_bundles() or not is_folder(expand(model)):
         return str(model)
     return expand(model).resolve().name
@@ -242,18 +242,18 @@ def _is_the_same(path: Path, record: ImageRecord) -> bool:
 @contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """Makes the folder where it is missing, and sees that it can be written; one left empty by an error is removed."""
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        _remove_empty(made)
+        _remove_empty(created)
         raise InputError(f"cannot write the output folder {folder}: {error.strerror}; choose another one") from None
     try:
         yield folder
     except BaseException:
-        _remove_empty(made)
+        _remove_empty(created)
         raise
 
 

@@ -1,4 +1,4 @@
-"""`tessera rerank` behind the command line: picture files ordered by how well they fit a prompt."""
+"""`tessera rerank` behind the command line: image files ordered by how well they fit a prompt."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ class Place(NamedTuple):
 
 
 def rank(prompt: str, images: Sequence[str | Path], model: str = "emoji", weights: str | None = None) -> list[Place]:
-    """The picture files, best first, scored by `model`: see `find_reranker`.
+    """The image files, best first, scored by `model`: see `find_reranker`.
 
     Warns (InputWarning) of a prompt that is too long and cut, saying what was left out. Raises InputError for an empty
-    prompt, a broken picture, or a model that is unknown or damaged.
+    prompt, a broken image, or a model that is unknown or damaged.
     """
     check_text(prompt)
     opened = [open_image(path) for path in images]

@@ -95,7 +95,7 @@ class TextToImagePipeline:
         prompts = list(ranked)
 
         def best(name: str) -> list[Any]:
-            """The first `keep` of each prompt, one after the other."""
+            """The first `keep` of each prompt, one after another."""
             return [part for one in prompts for part in getattr(one, name)[:keep]]
 
         return Generated(

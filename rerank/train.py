@@ -1,4 +1,4 @@
-"""Trains a small CLIP from scratch on pictures and captions: `tessera train reranker RECIPE.yaml`.
+"""Trains a small CLIP from scratch on images and captions: `tessera train reranker RECIPE.yaml`.
 
 Radford et al. 2021 with open_clip's models and loss. What it writes is open_clip's own `local-dir` layout, so the
 result loads in open_clip as in `ClipReranker`.
@@ -30,14 +30,16 @@ class RerankerRecipe(Config):
     data: DataConfig
     text_tokenizer: Path
     model: dict[str, Any] = {}  # an open_clip model config: embed_dim, vision_cfg, text_cfg
-    reranker: Path | None = None  # goes on from the weights in this folder, at their sizes, instead of from random ones
+    reranker: Path | None = (
+        None  # continues from the weights in this folder, at their sizes, instead of from random ones
+    )
     wrong_captions: int = Field(0, ge=0)  # beside each right one, nearly right: see negatives.py
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
 
 
 def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
-    """Trains the reranker of a recipe, or goes on with it; returns the folder of the result."""
+    """Trains the reranker of a recipe, or continues with it; returns the folder of the result."""
     recipe = read_recipe(RerankerRecipe, recipe_path, overrides)
     if recipe.run.accumulate > 1:
         raise InputError("run.accumulate must be 1 for a reranker, whose loss compares all images of a batch")
@@ -92,7 +94,7 @@ def train(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 
 
 def beginning(recipe: RerankerRecipe, text_tokenizer: TextTokenizer) -> ClipReranker:
-    """A new model, or the one that the recipe goes on from, in train mode."""
+    """A new model, or the one that the recipe continues from, in train mode."""
     if recipe.reranker is None:
         return new_clip(recipe.model, text_tokenizer)
     if recipe.model:
@@ -114,7 +116,7 @@ def same(captions: list[str], wrong: list[str]) -> Tensor:
 
 
 def told_apart(image_features: Tensor, text_features: Tensor, ignored: Tensor, scale: Tensor) -> Tensor:
-    """Cross entropy of each picture's right caption among its own wrong ones.
+    """Cross entropy of each image's right caption among its own wrong ones.
 
     `image_features` (N, D) and `text_features` (N + K N, D), the right captions first, of unit length; `ignored` (K, N)
     bool marks wrong captions that do not count.
@@ -127,11 +129,11 @@ def told_apart(image_features: Tensor, text_features: Tensor, ignored: Tensor, s
 
 @torch.no_grad()
 def retrieval(reranker: ClipReranker, data: ImageFolder, seed: int, n: int = 256) -> float:
-    """Share of `n` pictures whose own caption scores highest among all n captions."""
+    """Share of `n` images whose own caption scores highest among all n captions."""
     random = np.random.default_rng(seed)
     batch = data.batch(random.permutation(len(data))[:n], random)
     images = reranker.image_features(batch.images)
     texts = reranker.text_features(batch.captions)
     best: Tensor = (images @ texts.T).argmax(1)
-    own = [caption == batch.captions[int(i)] for caption, i in zip(batch.captions, best, strict=True)]
-    return sum(own) / len(own)
+    right = [caption == batch.captions[int(i)] for caption, i in zip(batch.captions, best, strict=True)]
+    return sum(right) / len(right)

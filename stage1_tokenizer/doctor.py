@@ -6,7 +6,7 @@ every so many steps. What it may prescribe, each time with its reason:
 
 - revival of unused codes (codebook.py), where the bottleneck has it switched off or waits longer than the doctor would;
 - half the learning rate, where codes die again although they are revived: the encoder moves faster than they follow;
-- half the discriminator's weight, where pictures became much worse than they were while it was heard, and back later;
+- half the discriminator's weight, where images became much worse than they were while it was heard, and back later;
 - half the learning rate, where they became much worse without it.
 
 Decisions are pure functions of counts and figures that are summed over all processes, so every process takes the same.
@@ -82,14 +82,14 @@ class Doctor:
             shape, dtype=torch.int64, device=device
         )  # use between visits, the newest at visit % n
         self.counts = self.blocks.sum(0)  # (codebooks, K), use in the window of the last visit
-        self.quality = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR and number of pictures
+        self.quality = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR and number of images
         self.revived = 0  # codes, since the last visit
         self.visits: list[Visit] = []
         self.actions: list[Action] = []
         self.patience: int | None = None  # prescribed; None leaves the bottleneck's own
         self.learning_rate_share = 1.0
         self.adversarial_share = 1.0
-        # Visits after which codes and pictures are judged: a whole window after something was done about them.
+        # Visits after which codes and images are judged: a whole window after something was done about them.
         self.judge_codes_from = len(self.blocks)
         self.judge_pictures_from = 0
 
@@ -148,9 +148,9 @@ class Doctor:
         why = f"{found.used:.1%} of the codes were used in the last {self.config.window} steps, {found.dead} were not"
         slow = [revival.patience for revival in self.revivals]
         if any(patience == 0 or patience > self.config.patience for patience in slow):
-            own = "off" if 0 in slow else f"after {max(slow)} steps"
+            start = "off" if 0 in slow else f"after {max(slow)} steps"
             self.patience = self.config.patience
-            self._act(found, f"revive codes after {self.patience} steps without use", f"{why}, and revival was {own}")
+            self._act(found, f"revive codes after {self.patience} steps without use", f"{why}, and revival was {start}")
         elif self.learning_rate_share > LEAST_SHARE:
             self._halve_learning_rate(found, f"{why}, although {found.revived} came back since the visit before")
         else:

@@ -1,6 +1,6 @@
-"""The doctor's page: one HTML file with all pictures inside, how codes were used, what was done and why.
+"""The doctor's page: one HTML file with all images inside, how codes were used, what was done and why.
 
-For every code shown, patches of pictures that chose it: what the code means. A code position's patch is the square of
+For every code shown, patches of images that chose it: what the code means. A code position's patch is the square of
 `factor` pixels that lies under it; the encoder saw more than that.
 """
 
@@ -40,7 +40,7 @@ Patches = dict[tuple[int, int], list[Image.Image]]  # (codebook, code) -> pixels
 
 @torch.no_grad()
 def exemplars(autoencoder: Autoencoder, data: ImageFolder) -> Patches:
-    """Up to PATCHES patches for each code, from PICTURES evenly spaced pictures; unreadable ones are left out."""
+    """Up to PATCHES patches for each code, from PICTURES evenly spaced images; unreadable ones are left out."""
     factor, device = autoencoder.factor, next(autoencoder.parameters()).device
     found: Patches = {}
     wanted = torch.linspace(0, len(data) - 1, min(PICTURES, len(data))).long().tolist()

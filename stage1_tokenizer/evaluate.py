@@ -1,4 +1,4 @@
-"""How well an image tokenizer keeps pictures: `tessera evaluate tokenizer MODEL DATA`."""
+"""How well an image tokenizer keeps images: `tessera evaluate tokenizer MODEL DATA`."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tessera.weights.writing import write_text
 
 logger = logging.getLogger("stage1_tokenizer")
 
-FEWEST = 2  # pictures that a Fréchet distance can be measured on
+FEWEST = 2  # images that a Fréchet distance can be measured on
 LEFT_OUT = {
     "ssim": "needs torchmetrics: pip install 'tessera[metrics]'",
     "lpips": "give --lpips FILE, torchvision's vgg16-397923af.pth",
@@ -33,7 +33,7 @@ LEFT_OUT = {
 
 
 class Measures:
-    """The figures of one evaluation, picture by picture, and features of both sides for the Fréchet distances."""
+    """The figures of one evaluation, image by image, and features of both sides for the Fréchet distances."""
 
     def __init__(self, clip: Path | None, lpips: Path | None, inception_weights: Path | None, device: str) -> None:
         self.clip = CLIPFeatures(clip, (0, 1, 2, 3)).to(device) if clip else None
@@ -44,7 +44,7 @@ class Measures:
         self._features: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     def add(self, decoded: Tensor, images: Tensor) -> None:
-        """Measures a batch of reconstructions, (B, 3, H, W) in [-1, 1], against the pictures."""
+        """Measures a batch of reconstructions, (B, 3, H, W) in [-1, 1], against the images."""
         self._note("psnr", psnr(decoded, images))
         if self.ssim:
             self._note("ssim", ssim(decoded, images))
@@ -58,7 +58,7 @@ class Measures:
             self._keep("rfid", self.inception, decoded, images)
 
     def report(self) -> dict[str, Any]:
-        """Means over pictures, distances between the sets, and what was left out for want of weights."""
+        """Means over images, distances between the sets, and what was left out for want of weights."""
         means = {name: round(sum(values) / len(values), 4) for name, values in self.figures.items()}
         sets = {name: frechet_distance(torch.cat(a), torch.cat(b)) for name, (a, b) in self._features.items()}
         found = means | {name: round(value, 4) for name, value in sets.items()}
@@ -85,15 +85,15 @@ def evaluate(
     inception_weights: Path | None = None,
     per_image: Path | None = None,
 ) -> dict[str, Any]:
-    """Figures over every picture of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
+    """Figures over every image of `data` (of its `split`), each encoded and decoded at the tokenizer's own size.
 
-    Means over 8-bit pictures: `psnr` in dB, `ssim`, `lpips` (VGG), `clip_distance` (unit-normalised features of `clip`,
-    a tower of one's own). Between the sets of pictures and of reconstructions: `rfid` (2048 features of the Inception
+    Means over 8-bit images: `psnr` in dB, `ssim`, `lpips` (VGG), `clip_distance` (unit-normalised features of `clip`,
+    a tower of one's own). Between the sets of images and of reconstructions: `rfid` (2048 features of the Inception
     of Heusel et al. 2017) and `clip_frechet` (embeddings of `clip`). `codes_used` is the share of the codebook that
     occurs at all, `perplexity` the exponential of the entropy of code use; both are means over the codebooks, and left
     out for a continuous tokenizer. What needs weights that were not given is named in `left_out`. `per_image` receives
-    a JSON line for each picture that can be read; broken ones are skipped and named. Raises InputError for a wrong
-    model, data folder or weights, too many broken pictures, or a file `per_image` that holds something else.
+    a JSON line for each image that can be read; broken ones are skipped and named. Raises InputError for a wrong
+    model, data folder or weights, too many broken images, or a file `per_image` that holds something else.
     """
     if per_image is not None:
         _refuse_other(per_image)
@@ -107,13 +107,13 @@ def evaluate(
     counts = torch.zeros((), dtype=torch.int64, device=device)  # (codebooks, K) once there are codes
     seconds, measured, unreadable = 0.0, list[int](), Unreadable(len(images))
     for first in tqdm(range(0, len(images), batch_size), unit="batch", disable=not sys.stderr.isatty()):
-        some = range(first, min(first + batch_size, len(images)))
-        batch, places, skipped = images.readable(some)
+        indices = range(first, min(first + batch_size, len(images)))
+        batch, places, skipped = images.readable(indices)
         for sentence in unreadable.add(skipped):
             logger.warning("skipped: %s", sentence)
         if not places:
             continue
-        measured += [some[place] for place in places]
+        measured += [indices[place] for place in places]
         batch, start = batch.to(device), time.perf_counter()
         if tokenizer.continuous:
             decoded = tokenizer.decode_latents(tokenizer.encode_latents(batch))

@@ -1,4 +1,4 @@
-"""What an image tokenizer makes of pictures, side by side with them: `tessera reconstruct IMAGES`."""
+"""What an image tokenizer makes of images, side by side with them: `tessera reconstruct IMAGES`."""
 
 import os
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from tessera.images import fit, open_image, save_png, to_pil, to_tensor, written
 from tessera.metrics import psnr
 from tessera.paths import expand
 
-MOST_PIXELS = 2**22  # of a picture at once, without tiles; attention at the code grid grows with the square of them
+MOST_PIXELS = 2**22  # of an image at once, without tiles; attention at the code grid grows with the square of them
 
 
 class Reconstruction(NamedTuple):
     image: str  # path, as it was given
-    path: str  # the picture written: original left, reconstruction right
+    path: str  # the image written: original left, reconstruction right
     width: int
     height: int
     psnr: float  # dB
@@ -35,12 +35,12 @@ def reconstruct(
     size: int | None = None,
     tile: int | None = None,
 ) -> list[Reconstruction]:
-    """Encodes and decodes each picture at its own size, or cut to `size` x `size`, and writes both into `output`.
+    """Encodes and decodes each image at its own size, or cut to `size` x `size`, and writes both into `output`.
 
     A side that the tokenizer's factor does not divide is continued by its last pixels, which are cut off again.
-    `tile` bounds the memory that large pictures take, see tiling.py.
-    A picture of another hand is never overwritten: the new one gets a number, `0000-photo (2).png`.
-    Raises InputError for a broken or a too large picture, before anything is written.
+    `tile` bounds the memory that large images take, see tiling.py.
+    An image of another hand is never overwritten: the new one gets a number, `0000-photo (2).png`.
+    Raises InputError for a broken or a too large image, before anything is written.
     """
     tokenizer = Autoencoder.from_pretrained(model)
     opened = [open_image(path) if size is None else fit(open_image(path), size) for path in images]

@@ -249,8 +249,8 @@ class _Moments:
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """(B, C, 1, 1) each: the norm of x is x * scale + shift."""
         mean, variance = self.sums / self.count, self.squares / self.count  # (B, groups)
-        each = self.norm.num_channels // self.norm.num_groups
-        mean, rate = (m.repeat_interleave(each, 1) for m in (mean, torch.rsqrt(variance + self.norm.eps)))
+        group_size = self.norm.num_channels // self.norm.num_groups
+        mean, rate = (m.repeat_interleave(group_size, 1) for m in (mean, torch.rsqrt(variance + self.norm.eps)))
         scale = rate * self.norm.weight.double()
         shift = self.norm.bias.double() - mean * scale
         return scale.float()[:, :, None, None], shift.float()[:, :, None, None]

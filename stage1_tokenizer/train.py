@@ -223,7 +223,7 @@ def adversarial_share(step: int, config: LossConfig) -> float:
 
 
 def _sample(run: Run, autoencoder: Autoencoder, validation: ImageFolder) -> None:
-    """Figures on up to 256 validation pictures, and some of them above their reconstructions."""
+    """Figures on up to 256 validation images, and some of them above their reconstructions."""
     wanted = torch.linspace(0, len(validation) - 1, min(256, len(validation))).long().tolist()
     images, _, skipped = validation.readable(wanted)
     run.note_skipped(skipped)

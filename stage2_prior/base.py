@@ -177,7 +177,7 @@ class Prior(nn.Module, ABC):
         """The codes (N,) just sampled -> logits of the next ones (N, K); the cache grows by one position."""
 
     def grid(self, sequence: Tensor) -> Tensor:
-        """What was drawn (N, T) -> the codes of whole pictures (N, Q, h, w)."""
+        """What was drawn (N, T) -> the codes of whole images (N, Q, h, w)."""
         return unflatten_codes(sequence, self.code_shape)
 
     @abstractmethod

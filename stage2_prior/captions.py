@@ -1,6 +1,6 @@
 """Captions as web data is cleaned for T5: DeepFloyd IF's rules, which PixArt and LlamaGen were trained with too.
 
-They take out what says nothing of a picture: addresses, markup, nicknames, file names, article numbers, ideographs and
+They take out what says nothing of an image: addresses, markup, nicknames, file names, article numbers, ideographs and
 advertising. A text without any of it is only put into lower case, with plain quotes, dashes and spaces.
 """
 

@@ -1,10 +1,10 @@
 """Images as codes on disk: what `tessera encode` writes once and the prior trains on.
 
-A folder of `codes-00000.safetensors`, ..., `captions.jsonl` with a line for each picture of the data (`text`, `weight`,
-and the number of its class as `label` where pictures have labels) and `meta.json` (tokenizer fingerprint, codebook
-size, code shape, shard sizes, names of the classes). A shard holds `codes`, (n, Q, h, w) int32, of the pictures that
-can be read; `items`, (n,) int64, which lines of the captions they belong to; `pictures`, (n, 16) uint8, digests of the
-files they were made from; and where the pictures have segmentation maps `segmentation`, the codes that the maps' own
+A folder of `codes-00000.safetensors`, ..., `captions.jsonl` with a line for each image of the data (`text`, `weight`,
+and the number of its class as `label` where images have labels) and `meta.json` (tokenizer fingerprint, codebook
+size, code shape, shard sizes, names of the classes). A shard holds `codes`, (n, Q, h, w) int32, of the images that
+can be read; `items`, (n,) int64, which lines of the captions they belong to; `images`, (n, 16) uint8, digests of the
+files they were made from; and where the images have segmentation maps `segmentation`, the codes that the maps' own
 tokenizer gives them. Shards of earlier releases hold codes alone, one for each line.
 """
 
@@ -42,10 +42,10 @@ class CodesMeta(Config):
     tokenizer_fingerprint: str
     codebook_size: int = Field(gt=0)
     code_shape: tuple[int, int, int]  # Q, h, w
-    rows: int = Field(gt=0)  # pictures of the data, those that cannot be read among them
-    shard_rows: int = Field(gt=0)  # pictures a shard, the last may have fewer
-    class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where pictures have no labels
-    segmentation: SegmentationMeta | None = None  # of the maps' codes; null where pictures have no maps
+    rows: int = Field(gt=0)  # images of the data, those that cannot be read among them
+    shard_rows: int = Field(gt=0)  # images a shard, the last may have fewer
+    class_names: tuple[str, ...] = ()  # in the order of their numbers; empty where images have no labels
+    segmentation: SegmentationMeta | None = None  # of the maps' codes; null where images have no maps
 
     @property
     def shards(self) -> int:
@@ -55,7 +55,7 @@ class CodesMeta(Config):
 class CodesBatch(NamedTuple):
     codes: Tensor  # (B, T) int64
     captions: list[str]  # one of each image's captions, drawn anew every time
-    labels: list[int]  # of their classes; empty where the pictures have no labels
+    labels: list[int]  # of their classes; empty where the images have no labels
     segmentation: Tensor | None  # (B, Q, h, w) int64, codes of their maps; None where they have none
 
 

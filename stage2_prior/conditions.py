@@ -103,7 +103,7 @@ def condition_of(kind: Condition, source: Codes, text_tokenizer: TextTokenizer |
 
 
 def batch_prefix(prior: Prior, batch: CodesBatch, bpe_dropout: float = 0.0, random: Random | None = None) -> Tensor:
-    """The prefixes of pictures as they come from disk, (B, P); a caption that is too long is cut off.
+    """The prefixes of images as they come from disk, (B, P); a caption that is too long is cut off.
 
     `bpe_dropout` is the share of merges that `random` leaves out of captions.
     """

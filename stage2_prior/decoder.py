@@ -129,7 +129,9 @@ class DecoderCache(Cache):
 
 
 class Decoder(nn.Module):
-    activation_checkpointing = False  # in training, blocks are computed again on the way back instead of remembered
+    activation_checkpointing = (
+        False  # in training, blocks are computed again in the backward pass instead of remembered
+    )
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -201,9 +203,9 @@ class Decoder(nn.Module):
         self, first: int, last: int, present: Tensor | None, order: Tensor | None, device: torch.device
     ) -> list[View]:
         """How the positions from `first` to `last` look at the sequence, layer by layer."""
-        spec, turned = self.spec, None
+        spec, rotary = self.spec, None
         if spec.rotary is not None:
-            turned = rotation(
+            rotary = rotation(
                 spec.rotary, spec.prefix_length, spec.grid, spec.head_width, first, last, device, order, present
             )
         masks: dict[Pattern, Tensor | None] = {}
@@ -219,7 +221,7 @@ class Decoder(nn.Module):
                 mask = with_padding(mask, first, last, present)
             masks[pattern] = mask
         patterns = spec.patterns
-        return [View(masks[patterns[layer % len(patterns)]], turned) for layer in range(spec.depth)]
+        return [View(masks[patterns[layer % len(patterns)]], rotary) for layer in range(spec.depth)]
 
     def _memories(self, memory: Tensor | None, present: Tensor | None) -> list[Memory] | None:
         """The keys and values of each layer, computed once for all steps."""

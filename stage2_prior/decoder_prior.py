@@ -1,7 +1,7 @@
 """A prior over the trunk: what GPT, the imported models and the decoder of DALL·E mini have in common.
 
 The embedded prefix, then the codes of the image positions, in one sequence; the state of the last prefix position
-predicts the first code. A position holds its Q codes: they are embedded together and predicted one after the other.
+predicts the first code. A position holds its Q codes: they are embedded together and predicted one after another.
 
 Letters: B batch, R prefixes, N sequences, P prefix, Q codebooks, S = h·w image positions, T = S·Q codes an image, n
 positions, q codes of a position, K codebook size, V text vocabulary, E width.

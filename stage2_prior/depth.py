@@ -1,4 +1,4 @@
-"""The codes of one position, one after the other: the depth of residual codes (Lee et al. 2022, section 3.2.2).
+"""The codes of one position, one after another: the depth of residual codes (Lee et al. 2022, section 3.2.2).
 
 A trunk that runs once a position says what stands there; this head predicts its Q codes, each given the ones before it.
 Deliberate difference from RQ-Transformer: where that has a second transformer over the depth, each depth here has an

@@ -1,6 +1,6 @@
 """Encodes a data folder, on any number of processes: `tessera encode RECIPE.yaml`.
 
-Started again it does what is missing or has changed: a picture's codes are known by the content of its file, so they
+Started again it does what is missing or has changed: an image's codes are known by the content of its file, so they
 are taken over where it lies elsewhere in the data now, and made anew where it was replaced. Captions, weights and
 labels are always those of the data now.
 """
@@ -45,14 +45,14 @@ DIGEST = 16  # bytes
 class EncodeRecipe(Config):
     data: DataConfig
     image_tokenizer: Path
-    segmentation_tokenizer: Path | None = None  # of the pictures' segmentation maps, for a prior that draws from them
+    segmentation_tokenizer: Path | None = None  # of the images' segmentation maps, for a prior that draws from them
     output: Path
     batch_size: int = Field(64, gt=0)
     shard_rows: int = Field(8192, gt=0)
 
 
 class Tokenizers(NamedTuple):
-    """What makes codes of the pictures, and of their segmentation maps where these are encoded too."""
+    """What makes codes of the images, and of their segmentation maps where these are encoded too."""
 
     images: Autoencoder
     maps: Autoencoder | None
@@ -73,9 +73,9 @@ class Shard(NamedTuple):
 
 @torch.inference_mode()
 def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
-    """Writes the codes of a recipe's pictures; returns their folder. Broken pictures are left out, counted and named.
+    """Writes the codes of a recipe's images; returns their folder. Broken images are left out, counted and named.
 
-    Raises InputError for too many broken pictures, and when the folder holds codes of another tokenizer or files that
+    Raises InputError for too many broken images, and when the folder holds codes of another tokenizer or files that
     are not ours.
     """
     logs.show()
@@ -114,14 +114,14 @@ def encode(recipe_path: str | Path, overrides: list[str] | None = None) -> Path:
 def _write_shards(
     folder: Path, meta: CodesMeta, data: ImageFolder, tokenizers: Tokenizers, batch_size: int, state: PartialState
 ) -> tuple[int, int, float]:
-    """Writes this process's shards that are not there yet beside those that are; returns how many pictures it encoded,
+    """Writes this process's shards that are not there yet beside those that are; returns how many images it encoded,
     how many had their codes already, and the seconds."""
     done, kept, began, unreadable = 0, 0, time.perf_counter(), Unreadable(len(data))
     known: Known | None = None
-    own = range(state.process_index, meta.shards, state.num_processes)
-    bar = tqdm(total=sum(len(_items_of(shard, meta)) for shard in own), unit="image",
+    shards = range(state.process_index, meta.shards, state.num_processes)
+    bar = tqdm(total=sum(len(_items_of(shard, meta)) for shard in shards), unit="image",
                disable=not state.is_main_process or not sys.stderr.isatty())  # fmt: skip
-    for shard in own:
+    for shard in shards:
         wanted = _items_of(shard, meta)
         digests = [_digest(data.items[i], tokenizers.maps is not None) for i in wanted]
         asked = sha256(b"".join(digests)).hexdigest()[:16]
@@ -141,13 +141,13 @@ def _write_shards(
         bar.update(len(rows))
         kept += len(rows)
         for start in range(0, len(missing), batch_size):
-            some = missing[start : start + batch_size]
-            made, skipped = _encode(data, some, tokenizers, state.device)
+            batch = missing[start : start + batch_size]
+            encoded, skipped = _encode(data, batch, tokenizers, state.device)
             for sentence in unreadable.add(skipped):
                 logger.warning("skipped: %s", sentence)
-            rows |= made
-            done += len(made)
-            bar.update(len(some))
+            rows |= encoded
+            done += len(encoded)
+            bar.update(len(batch))
         _write(folder / staged_name(shard), rows, dict(zip(wanted, digests, strict=True)), tokenizers, asked)
     bar.close()
     return done, kept, max(time.perf_counter() - began, 1e-9)
@@ -156,7 +156,7 @@ def _write_shards(
 def _encode(
     data: ImageFolder, indices: Sequence[int], tokenizers: Tokenizers, device: torch.device
 ) -> tuple[dict[int, dict[str, Tensor]], list[str]]:
-    """The codes of the pictures (and maps) that can be read, and a sentence for each that cannot."""
+    """The codes of the images (and maps) that can be read, and a sentence for each that cannot."""
     images, places, skipped = data.readable(indices)
     found, maps = [indices[place] for place in places], []
     if tokenizers.maps is not None:
@@ -180,7 +180,7 @@ def _encode(
 
 
 class Known:
-    """The codes that the folder's shards hold already, by the content of the pictures."""
+    """The codes that the folder's shards hold already, by the content of the images."""
 
     def __init__(self, folder: Path, tokenizers: str) -> None:
         self._shards: list[dict[str, Tensor]] = []
@@ -252,7 +252,7 @@ def _items_of(shard: int, meta: CodesMeta) -> range:
 
 
 def _digest(item: Item, with_map: bool) -> bytes:
-    """Of the content of a picture's file, and of its map's; files that are not there have a digest of their own."""
+    """Of the content of an image's file, and of its map's; files that are not there have a digest of their own."""
     digest = sha256()
     for path in (item.path, *((item.segmentation,) if with_map and item.segmentation else ())):
         try:

@@ -1,4 +1,4 @@
-"""How well a prior foretells codes: `tessera evaluate prior MODEL CODES`, in nats on pictures it has not seen."""
+"""How well a prior predicts codes: `tessera evaluate prior MODEL CODES`, in nats on images it has not seen."""
 
 import sys
 import time
@@ -23,12 +23,12 @@ from tessera.text import PAD
 def evaluate(
     model: str | Path, codes: str | Path, guidance_scale: float | None = None, batch_size: int = 32
 ) -> dict[str, Any]:
-    """Mean losses over all pictures of a folder of codes, each with its condition: its first caption, cut where it is
+    """Mean losses over all images of a folder of codes, each with its condition: its first caption, cut where it is
     too long, or its class or segmentation map.
 
     `image` is nats a code given the condition, `image_by_depth` the same for each codebook, `image_without_caption`
     what it is given none, `image_guided` under the distribution that sampling with `guidance_scale` draws from; `text`
-    is nats a text token, the end of the text among them (None where no picture has a caption, or for another prior than
+    is nats a text token, the end of the text among them (None where no image has a caption, or for another prior than
     the GPT). Raises InputError when the codes are not those of the prior's image tokenizer, or have not its condition.
     """
     source, prior = Codes(codes), load_prior(model)
@@ -55,9 +55,9 @@ def evaluate(
             guided += by_depth(mixed, rows, prior.num_codebooks)
         if isinstance(prior, GPTPrior) and predictions.text is not None:
             targets = prefix[:, 1:]
-            said = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
-            text += float(nats(predictions.text, targets)[said].double().sum())
-            tokens += int(said.sum())
+            counted = (prefix[:, :-1] != PAD) & (prefix[:, 1:2] != PAD)  # the first <pad> says that the text ends
+            text += float(nats(predictions.text, targets)[counted].double().sum())
+            tokens += int(counted.sum())
     seconds = time.perf_counter() - start
     positions = len(source) * prior.length // prior.num_codebooks
     report: dict[str, Any] = {

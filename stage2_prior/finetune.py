@@ -45,11 +45,9 @@ class LoraSettings(Config):
 
 class FinetuneRecipe(Lesson):
     prior: Path  # the base: a prior's folder
-    codes: Path  # of the new pictures, written by tessera encode
-    image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
-    remember: Path | None = (
-        None  # codes of pictures that the base knows, shown meanwhile so that they are not forgotten
-    )
+    codes: Path  # of the new images, written by tessera encode
+    image_tokenizer: Path | None = None  # draws the sample images; must be the one the codes were made with
+    remember: Path | None = None  # codes of images that the base knows, shown meanwhile so that they are not forgotten
     remember_share: float = Field(0.5, gt=0, lt=1)  # of every batch, where there is something to remember
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
@@ -62,7 +60,7 @@ class FinetuneRecipe(Lesson):
 
 
 class MixedSteps(Dataset[CodesBatch]):
-    """`steps[i]` is new pictures and remembered ones of training step i."""
+    """`steps[i]` is new images and remembered ones of training step i."""
 
     def __init__(self, new: CodesSteps, remembered: CodesSteps) -> None:
         self.new, self.remembered = new, remembered

@@ -2,7 +2,7 @@
 
 Letters: B batch, P text positions, Q codebooks, S = h·w image positions, T = S·Q codes per image, L = P + S, K codebook
 size, V text vocabulary, E width. A position of the image holds its Q codes: the trunk reads the sum of their embeddings
-and a head (`depth.py`) predicts them one after the other.
+and a head (`depth.py`) predicts them one after another.
 Text starts with <start> and is filled up with <pad>, which with its position makes DALL·E's padding token of that
 position. Text is predicted too, so log p(text) and log p(image | text) both exist; other conditions (`conditions.py`:
 a class, a segmentation map, none) stand in its place and are not predicted. Deliberate differences from DALL·E,
@@ -54,13 +54,15 @@ class GPTSize(Config):
     def _consistent(self) -> "GPTSize":
         if self.dim % self.num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {self.dim} and {self.num_heads}")
-        channels, turned = self.dim // self.num_heads, {"learned": 1, "rotary": 2, "rotary-2d": 4}[self.positions]
-        if channels % turned:
-            raise ValueError(f"{self.positions} positions need a multiple of {turned} channels a head, got {channels}")
+        channels, multiple = self.dim // self.num_heads, {"learned": 1, "rotary": 2, "rotary-2d": 4}[self.positions]
+        if channels % multiple:
+            raise ValueError(
+                f"{self.positions} positions need a multiple of {multiple} channels a head, got {channels}"
+            )
         if self.convolution_kernel % 2 == 0:
             raise ValueError(f"convolution_kernel must be odd, got {self.convolution_kernel}")
         if self.order == "random" and set(self.attention) != {"full"}:
-            raise ValueError("a random order needs full attention in all layers, since the patterns go row after row")
+            raise ValueError("a random order needs full attention in all layers; the patterns are in raster order")
         return self
 
 

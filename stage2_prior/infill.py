@@ -1,6 +1,6 @@
-"""Filling what is missing from a picture: a prior in random order reads the known codes first and draws the rest.
+"""Filling what is missing from an image: a prior in random order reads the known codes first and draws the rest.
 
-So every code is drawn with all known ones in view, on both sides. A prior that reads row after row can do the same
+So every code is drawn with all known ones in view, on both sides. A prior that reads in raster order can do the same
 where the known codes come first.
 
 Letters: R prefixes, N images, P prefix, Q codebooks, h w code grid, S = h·w positions, K codebook size.
@@ -17,8 +17,8 @@ from stage2_prior.sampling import Sampling, sample
 from tessera.errors import InputError
 
 ONLY_ROWS = (
-    "this prior draws row after row and sees nothing that comes later; to fill gaps train a GPT with "
-    "model.order=random, or keep a picture's upper rows alone (--top-of, first_codes)"
+    "this prior samples in raster order and sees nothing that comes later; to fill in missing codes train a GPT with "
+    "model.order=random, or keep an image's upper rows alone (--top-of, first_codes)"
 )
 
 
@@ -31,18 +31,18 @@ def infill(
     sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Keeps the known codes of a picture and draws the others, once for each seed: (N, Q, h, w) int64.
+    """Keeps the known codes of an image and draws the others, once for each seed: (N, Q, h, w) int64.
 
     `codes` (Q, h, w) int64, of which those at positions that are not `known` (h, w) bool are not looked at; `prefix`,
     `seeds`, `sampling` and `progress` as of `sample`. Raises InputError when the codes are not the prior's, nothing is
-    missing, the prior is no GPT, or it reads row after row and something known comes after something missing.
+    missing, the prior is no GPT, or it reads in raster order and something known comes after something missing.
     """
-    gaps = GapsPrior(prior, codes, known)
-    return gaps.grid(sample(gaps, prefix, seeds, sampling, progress))
+    infilling = InfillPrior(prior, codes, known)
+    return infilling.grid(sample(infilling, prefix, seeds, sampling, progress))
 
 
-class GapsPrior(Prior):
-    """The distribution of a picture's missing codes, row after row, given its known ones: itself a prior."""
+class InfillPrior(Prior):
+    """The distribution of an image's missing codes, in raster order, given its known ones: itself a prior."""
 
     def __init__(self, prior: Prior, codes: Tensor, known: Tensor) -> None:
         """`codes` and `known` as of `infill`, which says what is raised."""
@@ -84,7 +84,7 @@ class GapsPrior(Prior):
         return self.prior.cache_numbers()
 
     def whole(self, codes: Tensor) -> Tensor:
-        """Missing codes (N, self.length) -> those of the whole picture, known ones in their places, (N, S·Q)."""
+        """Missing codes (N, self.length) -> those of the whole image, known ones in their places, (N, S·Q)."""
         positions = self.positions.repeat(len(codes), 1, 1)  # (N, S, Q)
         positions[:, self.missing] = codes.view(len(codes), -1, self.num_codebooks)
         return positions.flatten(1)

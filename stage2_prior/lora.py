@@ -182,8 +182,8 @@ def read_lora(folder: str | Path) -> Lora:
             f"{found / WEIGHTS} has '{sorted(state)[0]}', which is no part of a plain LoRA; train it again"
         )
     numbers = [part for name, pair in layers.items() for part in (name, *pair)]
-    own = fingerprint(str(config.scale), *numbers)
-    return Lora(found.resolve().name, config.revision or "", own, config.scale, layers)
+    digest = fingerprint(str(config.scale), *numbers)
+    return Lora(found.resolve().name, config.revision or "", digest, config.scale, layers)
 
 
 def base_fingerprint(prior: nn.Module) -> str:
@@ -226,8 +226,8 @@ def target_layers(prior: nn.Module, targets: Iterable[Target]) -> list[str]:
     wanted = list(dict.fromkeys(targets))
     missing = [target for target in wanted if not found[target]]
     if missing:
-        there = ", ".join(target for target, layers in found.items() if layers) or "none"
-        raise InputError(f"lora.targets: this prior has no layers '{missing[0]}'; it has {there}")
+        available = ", ".join(target for target, layers in found.items() if layers) or "none"
+        raise InputError(f"lora.targets: this prior has no layers '{missing[0]}'; it has {available}")
     return [layer for target in wanted for layer in found[target]]
 
 

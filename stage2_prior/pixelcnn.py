@@ -158,9 +158,9 @@ class PixelCNNPrior(ConditionedPrior):
         x = cache.codes[:, :, row, column - 1] if column > 0 else torch.zeros_like(cache.codes[:, :, 0, 0])  # (N, E)
         for i, layer in enumerate(self._layers()):
             cache.horizontal[i, :, :, side + column] = x
-            seen = cache.horizontal[i, :, :, None, column : column + side + 1]
+            window = cache.horizontal[i, :, :, None, column : column + side + 1]
             condition = at(cache.conditions[i], row, column)
-            x = layer.right(x[:, :, None, None], seen, cache.links[i, :, :, None, column : column + 1], condition)
+            x = layer.right(x[:, :, None, None], window, cache.links[i, :, :, None, column : column + 1], condition)
             x = x[:, :, 0, 0]
         cache.state = self._head(x[:, :, None, None])[:, :, 0, 0]
         cache.drawn = drawn
@@ -172,8 +172,8 @@ class PixelCNNPrior(ConditionedPrior):
         x = cache.codes[:, :, row - 1 : row] if row > 0 else torch.zeros_like(cache.codes[:, :, :1])  # (N, E, 1, w)
         for i, layer in enumerate(self._layers()):
             cache.vertical[i, :, :, side + row] = x[:, :, 0]
-            seen = F.pad(cache.vertical[i, :, :, row : row + side + 1], (side, side))
-            x, link = layer.down(x, seen, at(cache.conditions[i], row))
+            window = F.pad(cache.vertical[i, :, :, row : row + side + 1], (side, side))
+            x, link = layer.down(x, window, at(cache.conditions[i], row))
             cache.links[i] = link[:, :, 0]
 
     def cache_numbers(self) -> int:

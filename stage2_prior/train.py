@@ -70,8 +70,8 @@ class PriorRecipe(Lesson):
     codes: Path  # written by tessera encode
     condition: Condition = "text"  # what the prior draws from: text, class, segmentation or none
     text_tokenizer: Path | None = None  # that a prior of text reads with
-    image_tokenizer: Path | None = None  # draws the sample pictures; must be the one the codes were made with
-    prior: Path | None = None  # goes on from the weights of this prior, at its sizes, instead of from random ones
+    image_tokenizer: Path | None = None  # draws the sample images; must be the one the codes were made with
+    prior: Path | None = None  # continues from the weights of this prior, at its sizes, instead of from random ones
     trunk: Path | None = None  # begins as `prior` would, with a gpt of another image tokenizer's codes; these are new
     model: Annotated[AnySize, BeforeValidator(with_preset)] = GPTSize()  # `preset: NAME` gives what is not named
     activation_checkpointing: bool = False  # compute blocks twice instead of remembering them: less memory, more time
@@ -136,7 +136,7 @@ def text_targets(prefix: Tensor) -> Tensor:
 
 
 def noisy_prefix(run: Run, prior: Trainable, batch: CodesBatch, lesson: Lesson) -> Tensor:
-    """The prefixes of a step's pictures (B, P), of which the noise leaves some out and cuts captions anew."""
+    """The prefixes of a step's images (B, P), of which the noise leaves some out and cuts captions anew."""
     dropped = (torch.rand(len(batch.codes)) < lesson.condition_dropout).to(run.device)
     random = Random(f"{run.config.seed} {run.step} {run.accelerator.process_index}")
     prefix = batch_prefix(prior, batch, lesson.bpe_dropout, random)
@@ -157,14 +157,14 @@ def hide(rows: int, positions: int, share: float, device: torch.device) -> Tenso
 
 
 def random_order(rows: int, positions: int, raster_share: float, device: torch.device) -> Tensor:
-    """A permutation of the image positions for each row, (rows, S); of this share of them row after row."""
+    """A permutation of the image positions for each row, (rows, S); of this share of them in raster order."""
     raster = torch.arange(positions, device=device).expand(rows, -1)
     shuffled = torch.rand(rows, positions, device=device).argsort(1)
     return torch.where(torch.rand(rows, 1, device=device) < raster_share, raster, shuffled)
 
 
 def raster_share(progress: float, annealing: tuple[float, float]) -> float:
-    """The share of pictures read row after row at this share of the run (Yu et al. 2024, equation 6)."""
+    """The share of images read in raster order at this share of the run (Yu et al. 2024, equation 6)."""
     first, last = annealing
     if progress < first:
         return 0.0
@@ -281,7 +281,7 @@ def _identities(
 
 
 def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | None) -> Trainable:
-    """A new prior for the codes, or the one that the recipe goes on from."""
+    """A new prior for the codes, or the one that the recipe continues from."""
     condition = condition_of(recipe.condition, codes, text_tokenizer)
     begin = recipe.prior or recipe.trunk
     if begin is None:
@@ -291,12 +291,12 @@ def _prior(recipe: PriorRecipe, codes: Codes, text_tokenizer: TextTokenizer | No
             "image_tokenizer_fingerprint": codes.meta.tokenizer_fingerprint,
             "condition_dropout": recipe.condition_dropout,
         }  # fmt: skip
-        own = {"condition": recipe.condition}
+        condition_kind = {"condition": recipe.condition}
         match recipe.model:
             case GPTSize():
-                return GPTPrior(validate(GPTConfig, sizes | own, where="model"), text_tokenizer)
+                return GPTPrior(validate(GPTConfig, sizes | condition_kind, where="model"), text_tokenizer)
             case PixelCNNSize():
-                return PixelCNNPrior(validate(PixelCNNConfig, sizes | own, where="model"), text_tokenizer)
+                return PixelCNNPrior(validate(PixelCNNConfig, sizes | condition_kind, where="model"), text_tokenizer)
             case BartSize():
                 return BartPrior(validate(BartConfig, sizes, where="model"), text_tokenizer)
             case _:
@@ -366,7 +366,7 @@ def find_image_tokenizer(folder: Path | None, codes: Codes, codes_folder: Path) 
 def sample_images(
     run: Run, prior: Prior, tokenizer: Autoencoder, prompts: tuple[str, ...], sampling: Sampling, codes: Codes
 ) -> None:
-    """A picture for each of the prompts, or of some conditions of the codes; the same seeds every time."""
+    """An image for each of the prompts, or of some conditions of the codes; the same seeds every time."""
     rows = range(0, len(codes), -(-len(codes) // 16))
     labels = [(codes.captions[i] or ("",))[0] for i in rows]
     prefix = prior.prefix(prompts) if prompts else batch_prefix(prior, codes.batch(rows, labels))

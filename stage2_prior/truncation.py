@@ -26,8 +26,8 @@ class Truncation(NamedTuple):
 def truncation(tokenizer: TextTokenizer, captions: Sequence[str], text_length: int) -> dict[str, Truncation]:
     """What of each language is cut at `text_length` positions, of which <start> takes one; most captions first."""
     lengths: dict[str, list[int]] = defaultdict(list)
-    some = captions if len(captions) <= MOST_CAPTIONS else Random(0).sample(captions, MOST_CAPTIONS)
-    for caption, length in zip(some, tokenizer.lengths(some), strict=True):
+    counted = captions if len(captions) <= MOST_CAPTIONS else Random(0).sample(captions, MOST_CAPTIONS)
+    for caption, length in zip(counted, tokenizer.lengths(counted), strict=True):
         lengths[language(caption)].append(length)
     found = {
         name: Truncation(len(own), sum(length > text_length - 1 for length in own), max(own))

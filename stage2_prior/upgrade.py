@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 TRUNK = "decoder."
-# By a regular expression of a whole name; what is joined one after the other in one weight has its place behind "#".
+# By a regular expression of a whole name; what is joined one after another in one weight has its place behind "#".
 PLAIN = {
     r"blocks\.(\d+)\.(qkv|out)\.(\w+)": r"decoder.blocks.\1.attention.\2.\3",
     r"(blocks\.\d+\.(?:attention|mlp)_.+|norm\.\w+)": r"decoder.\1",

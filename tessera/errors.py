@@ -1,6 +1,6 @@
 """What a user did wrong, in one sentence: the command line prints it and exits with 2, Python sees a ValueError.
 
-Input that can be followed, but not to the letter, is a warning of one sentence; the command line prints it and goes on.
+Input that can be followed only in part is a warning of one sentence; the command line prints it and continues.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Pictures between files, PIL and tensors. Everywhere in this project images are float RGB in [-1, 1], (B, 3, H, W)."""
+"""Images between files, PIL and tensors. Everywhere in this project images are float RGB in [-1, 1], (B, 3, H, W)."""
 
 import errno
 import json
@@ -19,12 +19,12 @@ from tessera.files import parse_json
 from tessera.paths import expand
 from tessera.weights.writing import new_file
 
-METADATA_KEY = "tessera"  # the PNG text chunk that holds a picture's origin as JSON, first behind the header
+METADATA_KEY = "tessera"  # the PNG text chunk that holds an image's origin as JSON, first behind the header
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture at `path` as RGB, turned as its EXIF says, transparency laid on white. InputError if broken."""
+    """The image at `path` as RGB, turned as its EXIF says, transparency laid on white. InputError if broken."""
     with opened_image(path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # PIL clips these to 8 bits instead of scaling them
@@ -40,7 +40,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
     """What PIL reads at `path`, while it is worked on.
 
     Raises InputError for whatever PIL raises, because damaged files bring out almost any exception in its decoders.
-    What it warns of becomes an InputWarning with the file's name; a large picture alone is nothing to warn of.
+    What it warns of becomes an InputWarning with the file's name; a large image alone is nothing to warn of.
     """
     path = expand(path)
     try:
@@ -65,7 +65,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """A gray picture of more than 8 bits: of 16 bits by its format, of floats by its own range."""
+    """A gray image of more than 8 bits: of 16 bits by its format, of floats by its own range."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("F"):
         if not np.isfinite(values).all():
@@ -75,7 +75,7 @@ def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Scales the shorter side to `size` and cuts the middle square; a picture that fits already is left alone."""
+    """Scales the shorter side to `size` and cuts the middle square; an image that fits already is left alone."""
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), resample)
@@ -84,7 +84,7 @@ def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resamp
 def read_map(path: str | Path, size: int, channels: int = 3) -> Tensor:
     """A segmentation map, scaled to `size` by its shorter side and cut to a square, labels unmixed: (channels, H, W).
 
-    With three channels any picture is one, in the RGB of its labels' colours in [-1, 1]. With others it has one channel
+    With three channels any image is one, in the RGB of its labels' colours in [-1, 1]. With others it has one channel
     whose values are the labels themselves (a palette's colours are of no matter), and becomes 1 in the channel of its
     label and 0 elsewhere. Raises InputError when the file is broken, or when it has a label too many.
     """
@@ -138,12 +138,12 @@ def white_cells(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) float32 in [-1, 1]."""
+    """RGB image -> (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) float in [-1, 1] -> B RGB pictures; values outside are clipped."""
+    """(B, 3, H, W) float in [-1, 1] -> B RGB images; values outside are clipped."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -178,7 +178,7 @@ def written_by_tessera(path: str | Path) -> bool:
 
 
 def read_origin(path: str | Path) -> dict[str, Any]:
-    """The origin that `save_png` wrote. Raises InputError when the picture has none."""
+    """The origin that `save_png` wrote. Raises InputError when the image has none."""
     with opened_image(path) as image:
         text = getattr(image, "text", {}).get(METADATA_KEY)
     remedy = "give a PNG as tessera generate wrote it"

@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, (B, 3, H, W) in [-1, 1] -> (B,).
+    """Peak signal-to-noise ratio in dB of each image, (B, 3, H, W) in [-1, 1] -> (B,).
 
-    Values are rounded to 8 bits first, as the saved pictures are; equal pictures give infinity.
+    Values are rounded to 8 bits first, as the saved images are; equal images give infinity.
     """
     first, second = (((x.float().clamp(-1, 1) + 1) * 127.5).round() for x in (images, reference))
     mse = (first - second).square().mean(dim=(1, 2, 3))
@@ -29,7 +29,7 @@ def perplexity(counts: Tensor) -> float:
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each picture (Wang et al. 2004, Gaussian window of 11, sigma 1.5): (B,), 1 when equal.
+    """Structural similarity of each image (Wang et al. 2004, Gaussian window of 11, sigma 1.5): (B,), 1 when equal.
 
     (B, 3, H, W) in [-1, 1], rounded to 8 bits first; needs torchmetrics.
     """

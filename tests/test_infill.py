@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stage2_prior import GPTConfig, GPTPrior, Sampling, infill, sample
-from stage2_prior.infill import GapsPrior
+from stage2_prior.infill import InfillPrior
 from stage2_prior.pixelcnn import PixelCNNConfig, PixelCNNPrior
 from stage2_prior.train import random_order, raster_share
 from tessera.errors import InputError
@@ -78,9 +78,9 @@ def test_an_infill_keeps_what_is_known_and_draws_as_without_a_cache(prior):
     blanked = codes.masked_fill(~KNOWN, 10**6)  # what stands in a gap is not looked at
     assert torch.equal(infill(prior, prefix, blanked, KNOWN, [4], Sampling(guidance_scale=1.5)), alone)
 
-    gaps = GapsPrior(prior, codes, KNOWN)
-    greedy = sample(gaps, prefix, [0], Sampling(top_k=1))
-    logits = gaps(prefix, greedy)
+    infilling = InfillPrior(prior, codes, KNOWN)
+    greedy = sample(infilling, prefix, [0], Sampling(top_k=1))
+    logits = infilling(prefix, greedy)
     assert torch.equal(logits.argmax(-1), greedy)
     order = torch.tensor([[0, 2, 5, 1, 3, 4]])  # known first, each part row after row
     whole = infill(prior, prefix, codes, KNOWN, [0], Sampling(top_k=1)).permute(0, 2, 3, 1).flatten(1)
@@ -95,7 +95,7 @@ def test_a_prior_in_raster_order_completes_what_comes_last():
     filled = infill(prior, prefix, codes, known, range(3))
     assert (filled[:, :, known] == codes[:, known]).all()
     likely = prior(prefix, filled.permute(0, 2, 3, 1).flatten(1)[:1])[0, 8:]
-    torch.testing.assert_close(GapsPrior(prior, codes, known)(prefix, filled[:1, :, 1, 1:].mT.flatten(1))[0], likely)
+    torch.testing.assert_close(InfillPrior(prior, codes, known)(prefix, filled[:1, :, 1, 1:].mT.flatten(1))[0], likely)
     with pytest.raises(InputError, match="train a GPT with model.order=random"):
         infill(prior, prefix, codes, KNOWN, [0])
     pixelcnn = PixelCNNPrior(PixelCNNConfig(codebook_size=9, code_shape=(2, 2, 3), condition="none", dim=8, depth=1))

@@ -23,7 +23,7 @@ def evaluate_tokenizer(
     per_image: Annotated[Path | None, typer.Option(help="JSONL file for the figures of each picture.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Encode and decode pictures and say how much of them survives."""
+    """Encode and decode images and say how much of them survives."""
     from stage1_tokenizer.evaluate import evaluate
 
     report = evaluate(model, data, split, clip=clip, lpips=lpips, inception_weights=inception, per_image=per_image)
@@ -43,7 +43,7 @@ def reconstruct(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Encode and decode pictures and write each beside what came back."""
+    """Encode and decode images and write each beside what came back."""
     from pipelines.bundle import find_bundle
     from stage1_tokenizer.reconstruct import reconstruct as run
 
@@ -74,7 +74,7 @@ def evaluate_prior(
 
 @command(evaluate_app, "pipeline")
 def evaluate_pipeline(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Draw the prompts of a recipe and have its judge say how many pictures are right."""
+    """Draw the prompts of a recipe and have its judge say how many images are right."""
     from pipelines.evaluate_recipe import evaluate_recipe
 
     evaluated = evaluate_recipe(recipe, overrides or [])

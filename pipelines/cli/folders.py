@@ -18,7 +18,7 @@ def check_data(
     images_only: Annotated[bool, typer.Option("--images-only", help="Captions are not needed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every picture and caption and count what training would meet."""
+    """Read every image and caption and count what training would meet."""
     from tessera.data.check import check
 
     print_report(check(folder, split, images_only), as_json)

@@ -152,7 +152,7 @@ def rerank(
     weights: Annotated[str | None, typer.Option(help="Weights of an open_clip model: a tag or a file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Order pictures by how well they fit a prompt, best first."""
+    """Order images by how well they fit a prompt, best first."""
     with importing():
         from pipelines.rank import rank
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def show_generated(report: Any, as_json: bool) -> None:
-    """Where the pictures of a `pipelines.output.Report` are, and how long they took."""
+    """Where the images of a `pipelines.output.Report` are, and how long they took."""
     if as_json:
         print_json(asdict(report))
         return

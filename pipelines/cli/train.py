@@ -19,7 +19,7 @@ class Trainable(StrEnum):
 
 @command(app)
 def train(part: Trainable, recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train one part as its recipe says; started again, it goes on where it stopped."""
+    """Train one part as its recipe says; started again, it continues where it stopped."""
     match part:
         case Trainable.tokenizer:
             from stage1_tokenizer.train import train as run
@@ -40,7 +40,7 @@ class Finetunable(StrEnum):
 def finetune(
     part: Annotated[Finetunable, typer.Argument(help="The part to teach.")], recipe: Recipe, overrides: Overrides = None
 ) -> None:
-    """Teach a trained part something new by LoRA; started again, it goes on where it stopped."""
+    """Teach a trained part something new by LoRA; started again, it continues where it stopped."""
     from stage2_prior.finetune import finetune as run
 
     print(run(recipe, overrides or []))

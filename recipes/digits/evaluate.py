@@ -63,7 +63,7 @@ def labels(data: ImageFolder) -> NDArray[np.int64]:
 
 
 def pixels(images: list[Image.Image]) -> NDArray[np.float64]:
-    """Pictures -> (n, 64), values 0 to 16 as in the data set."""
+    """Images -> (n, 64), values 0 to 16 as in the data set."""
     return np.stack([np.asarray(image.convert("L"), dtype=np.float64).ravel() * (16 / 255) for image in images])
 
 

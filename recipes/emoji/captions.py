@@ -6,7 +6,7 @@ typographic apostrophes become plain; capitals stay where the package has them, 
 the "flag of Switzerland", "瑞士旗", for the country alone would be a poor caption. A further name that another item
 also answers to is dropped, so that a caption means one item, whatever its capitals and hyphens.
 
-About three of four captions are English, five of nine of a plain picture, and half of those are its exact name: a
+About three of four captions are English, five of nine of a plain image, and half of those are its exact name: a
 Chinese name is heard in fewer kinds of captions. Lists may repeat a caption to give it weight.
 """
 

@@ -32,7 +32,7 @@ FULLY_QUALIFIED = 2  # the status of a sequence in the `emoji` package
 
 
 class Item(NamedTuple):
-    """One picture of the font."""
+    """One image of the font."""
 
     id: str  # code points with tones and variation selectors, "1F469 1F3FD 200D 1F680"
     base: str  # the same without tones and without FE0F: the concept

@@ -1,21 +1,21 @@
-"""Is the right thing in the picture? An independent judge for worlds whose every part is known.
+"""Is the right thing in the image? An independent judge for worlds whose every part is known.
 
-Where all that can be drawn is a known set of cut-out pictures (the references), alignment needs no learned model: cut
+Where all that can be drawn is a known set of cut-out images (the references), alignment needs no learned model: cut
 the region that a prompt names, and ask which reference it resembles most. Nothing here was trained, and nothing here
 knows the models that are judged.
 
 A region and a reference are compared by the same features, both relative to the background, so that an empty region
 is the zero vector:
 
-- the picture in CIELAB (D65) minus the background, at 24x24;
+- the image in CIELAB (D65) minus the background, at 24x24;
 - histograms of gradient orientations of its lightness: the gradient projected on 8 directions, what is negative cut
   off, summed over cells of 4x4. They are scaled to weigh as much as the colours, on average over the references.
 
 References are rendered on the region's own background at the region's own size first. The nearest one in L2 wins, where
-the region may be shifted by up to 2 pixels (of a picture 64 wide). Then it must also *explain* the region: with f the
+the region may be shifted by up to 2 pixels (of an image 64 wide). Then it must also *explain* the region: with f the
 region and r the reference, |f - r| / min(|f|, |r|) stays below a limit. So an empty region (f = 0), the blurred mean of
-many pictures and noise are called nothing, while a somewhat soft picture passes. The same softness costs a small region
-more than a whole picture, so its limit is higher.
+many images and noise are called nothing, while a somewhat soft image passes. The same softness costs a small region
+more than a whole image, so its limit is higher.
 
 It is the judge of `tessera evaluate pipeline` for the emoji world (`pipelines/evaluate.py` has the protocol).
 
@@ -40,14 +40,14 @@ from tessera.errors import InputError
 from tessera.files import read_json_lines, read_json_object
 from tessera.images import opened_image
 
-GRID = 24  # side of the compared picture
+GRID = 24  # side of the compared image
 CELL = 4  # of GRID, side of a histogram's cell
 DIRECTIONS = 8
 LARGEST = 64  # a region with more pixels is brought down to this side first
-SHIFTS = (-2, -1, 0, 1, 2)  # pixels of a picture 64 wide
+SHIFTS = (-2, -1, 0, 1, 2)  # pixels of an image 64 wide
 SHORTLIST = 48  # references, nearest without a shift, that are compared with all shifts
 COLOUR_FEATURES = 3 * GRID**2
-# Of |f - r| / min(|f|, |r|): real pictures stay below 0.01. Whole ones blurred by 2 pixels (of 64) mostly stay below
+# Of |f - r| / min(|f|, |r|): real images stay below 0.01. Whole ones blurred by 2 pixels (of 64) mostly stay below
 # 0.4, the mean of many lies above 0.5; half-size ones blurred by 1.5 pixels mostly below 0.55, means above 0.6.
 WHOLE_LIMIT, HALF_LIMIT = 0.45, 0.55
 WHITE = "white"
@@ -56,7 +56,7 @@ Box = tuple[float, float, float, float]
 
 
 class Region(NamedTuple):
-    box: Box  # left, top, right, bottom as fractions of the picture's side; a square
+    box: Box  # left, top, right, bottom as fractions of the image's side; a square
     item: str  # the reference that should be seen there
     concept: str  # what it is a variant of
 
@@ -119,9 +119,9 @@ def box_of(numbers: Sequence[float]) -> Box:
 
 
 class Judge:
-    """Names what stands in a region of a picture.
+    """Names what stands in a region of an image.
 
-    `folder` holds metadata.jsonl (file_name, item, concept, perhaps a name), the references as square RGBA pictures,
+    `folder` holds metadata.jsonl (file_name, item, concept, perhaps a name), the references as square RGBA images,
     and colours.json (colour name -> RGB in 0..255; "white" among them).
     """
 
@@ -146,7 +146,7 @@ class Judge:
         self._references = lru_cache(maxsize=32)(self._reference_features)
 
     def __call__(self, images: Tensor, case: Case) -> list[Verdict]:
-        """Judge pictures drawn for one case. `images` is (N, 3, H, W), float in [-1, 1] or uint8, H = W."""
+        """Judge images drawn for one case. `images` is (N, 3, H, W), float in [-1, 1] or uint8, H = W."""
         pixels = to_pixels(images)
         if case.background is not None and case.background not in self.colours:
             known = ", ".join(self.colours)
@@ -199,14 +199,14 @@ class Judge:
 
     @torch.inference_mode()
     def look(self, pixels: Tensor, box: Box, backgrounds: Sequence[str]) -> list[Seen]:
-        """What stands in the box of each picture, given its background; pixels (N, 3, H, W) in [0, 255]."""
+        """What stands in the box of each image, given its background; pixels (N, 3, H, W) in [0, 255]."""
         width = pixels.shape[-1]
         left, top, right, bottom = (round(edge * width) for edge in box)
         crop = pixels[:, :, top:bottom, left:right]
         side = min(crop.shape[-1], LARGEST)
         if crop.shape[-1] > side:
             crop = F.interpolate(crop, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        pixel = width / 64 * side / (right - left)  # of the crop, for one pixel of a picture 64 wide
+        pixel = width / 64 * side / (right - left)  # of the crop, for one pixel of an image 64 wide
 
         seen: dict[int, Seen] = {}
         for background in dict.fromkeys(backgrounds):
@@ -309,7 +309,7 @@ def lab(pixels: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """(N, 3, H, W), uint8 or float in [-1, 1] -> float in [0, 255], rounded as a saved picture is."""
+    """(N, 3, H, W), uint8 or float in [-1, 1] -> float in [0, 255], rounded as a saved image is."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise InputError(f"images must be (N, 3, H, W) with H = W, got {tuple(images.shape)}")
     if images.dtype == torch.uint8:

@@ -1,8 +1,8 @@
-"""The picture of the README: for each prompt the best of 16 candidates as the shipped bundle ranks them, none picked.
+"""The image of the README: for each prompt the best of 16 candidates as the shipped bundle ranks them, none picked.
 
-    python recipes/emoji/pictures.py recipes/emoji/pictures.png
+    python recipes/emoji/images.py recipes/emoji/images.png
 
-Prints the prompts with the seeds of their pictures, row by row.
+Prints the prompts with the seeds of their images, row by row.
 """
 
 import sys

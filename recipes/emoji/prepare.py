@@ -5,12 +5,12 @@
 Needs the Debian package fonts-noto-color-emoji (or another CBDT colour-emoji font by --font) and the Python packages
 emoji, uharfbuzz and fonttools. The same font, packages and seed give the same files. It writes
 
-    OUT/metadata.jsonl        one line per picture: file_name, text (true captions), split, kind, items, weight
-    OUT/train/*.png           about 46,000 pictures; a draw by `weight` is 45 % plain, 20 % on a coloured background,
+    OUT/metadata.jsonl        one line per image: file_name, text (true captions), split, kind, items, weight
+    OUT/train/*.png           about 46,000 images; a draw by `weight` is 45 % plain, 20 % on a coloured background,
                               10 % one small glyph, 25 % two glyphs
-    OUT/tone/*.png ...        pictures of each held-out split: tone, tone2, gender, colour, background, position, pair
+    OUT/tone/*.png ...        images of each held-out split: tone, tone2, gender, colour, background, position, pair
     OUT/glyphs/               every glyph with its names, RGBA 136x136, and colours.json: what the judge compares with
-    OUT/contact_sheet.png     some pictures of every kind and split with one of their captions
+    OUT/contact_sheet.png     some images of every kind and split with one of their captions
 
 and, where --prompts is given, the evaluation's fixed list of prompts.
 
@@ -95,7 +95,7 @@ def main() -> int:
     out: Path = arguments.out
     for folder in {"glyphs", *(scene.split for scene in scenes)}:
         (out / folder).mkdir(exist_ok=True)
-        for picture in (out / folder).glob("*.png"):  # of a preparation before, with other pictures under these names
+        for picture in (out / folder).glob("*.png"):  # of a preparation before, with other images under these names
             picture.unlink()
     write_glyphs(out / "glyphs", world)
     files = write_pictures(out, world, scenes, arguments.size)
@@ -142,7 +142,7 @@ def write_pictures(out: Path, world: World, scenes: list[Scene], size: int) -> l
 def draw(
     scene: Scene, world: World, size: int, cache: dict[tuple[str, int], NDArray[np.float32]] | None = None
 ) -> Image.Image:
-    """The scene as an RGB picture of size x size; `cache` keeps resized glyphs from one call to the next."""
+    """The scene as an RGB image of size x size; `cache` keeps resized glyphs from one call to the next."""
     cache = {} if cache is None else cache
     picture = np.empty((size, size, 3), dtype=np.float32)
     picture[:] = COLOURS[scene.background] if scene.background else WHITE

@@ -1,4 +1,4 @@
-"""A contact sheet: rows of pictures of every kind and split, each with one of its captions."""
+"""A contact sheet: rows of images of every kind and split, each with one of its captions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from random import Random
 from PIL import Image, ImageDraw, ImageFont
 from world import Scene
 
-COLUMNS, CELL, TEXT = 12, 96, 58  # pictures a row, pixels of a picture, pixels of its caption
+COLUMNS, CELL, TEXT = 12, 96, 58  # images a row, pixels of an image, pixels of its caption
 CJK_FONTS = ("NotoSansCJK*", "NotoSansSC*", "NotoSerifCJK*", "wqy-*", "DroidSansFallback*", "SourceHanSans*")
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts")
 LATIN_FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
 
 
 def contact_sheet(out: Path, pictures: list[tuple[str, Scene]]) -> Image.Image:
-    """Two rows of each kind of the training split, one of each held-out split; `pictures` are (file, scene)."""
+    """Two rows of each kind of the training split, one of each held-out split; `images` are (file, scene)."""
     chinese = find_cjk_font()
     latin = find_latin_font()
     rows = []
@@ -43,7 +43,7 @@ def contact_sheet(out: Path, pictures: list[tuple[str, Scene]]) -> Image.Image:
 
 
 def sample(pictures: list[tuple[str, Scene]], rows: int) -> list[list[tuple[str, Scene]]]:
-    """Up to `rows` rows of pictures, drawn without repetition."""
+    """Up to `rows` rows of images, drawn without repetition."""
     chosen = Random(len(pictures)).sample(pictures, min(len(pictures), rows * COLUMNS))
     return [chosen[start : start + COLUMNS] for start in range(0, len(chosen), COLUMNS)]
 

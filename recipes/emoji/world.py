@@ -1,4 +1,4 @@
-"""Which pictures exist: the scenes of the training set, of the held-out sets, and the prompts of the evaluation.
+"""Which images exist: the scenes of the training set, of the held-out sets, and the prompts of the evaluation.
 
 A scene says what is drawn where, before any pixel: pure functions of the items and a seed. Half-size glyphs stand on
 multiples of a quarter of the side, so that they fall on a tokenizer's code grid.
@@ -58,7 +58,7 @@ COMBINATION_PROMPTS = {"background": 300, "position": 200, "pair": 300}
 
 
 class Scene(NamedTuple):
-    """One picture and what may truly be said of it."""
+    """One image and what may truly be said of it."""
 
     kind: str  # "plain", "background", "small" or "pair"
     split: str  # "train", or the held-out split that it belongs to
@@ -189,7 +189,7 @@ def draw_pair(world: World, pool: Pool, held_out: bool, weight: float, random: R
 
 
 def wording(*scene: str) -> Random:
-    """Chance for the captions alone, so that a new wording never changes which pictures are drawn."""
+    """Chance for the captions alone, so that a new wording never changes which images are drawn."""
     return Random(":".join(scene))
 
 

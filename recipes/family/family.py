@@ -3,8 +3,8 @@
     python recipes/family/family.py                           all of it, into runs/family
     python recipes/family/family.py --steps 20 --out /tmp/f   a trial
 
-One recipe a member is written to the run folder and trained from there, one after the other; each goes on where it was
-stopped, and members that have been measured already are not measured again. Figures are over held-out pictures, of all
+One recipe a member is written to the run folder and trained from there, one after another; each continues where it was
+stopped, and members that have been measured already are not measured again. Figures are over held-out images, of all
 splits of the data but train.
 """
 
@@ -26,7 +26,7 @@ from tessera.data.source import ImageFolder
 from tessera.images import fit, open_image, save_png, to_pil
 
 HERE = Path(__file__).parent
-SHOWN = 8  # pictures of the grid
+SHOWN = 8  # images of the grid
 COLUMNS = {  # of the table: heading, key in the report, format
     "PSNR": ("psnr", "{:.2f}"),
     "SSIM": ("ssim", "{:.3f}"),
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write_held_out(data: Path, folder: Path, size: int, number: int) -> Path:
-    """Some pictures of every split but train, at the size of the models, so that each is read and scaled once."""
+    """Some images of every split but train, at the size of the models, so that each is read and scaled once."""
     if (folder / "metadata.jsonl").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def measure(model: Path, held_out: Path, clip: Path, path: Path, steps: int) -> 
 
 
 def size(tokenizer: Autoencoder) -> dict[str, Any]:
-    """Codes and bits of a picture; a continuous one has numbers instead."""
+    """Codes and bits of an image; a continuous one has numbers instead."""
     if tokenizer.continuous:
         side = tokenizer.image_size // tokenizer.factor
         return {"codes": f"{side * side * tokenizer.config.trunk.decoder_dim} numbers", "bits": "-"}
@@ -132,7 +132,7 @@ def markdown(reports: dict[str, dict[str, Any]]) -> str:
 
 @torch.inference_mode()
 def grid(reports: dict[str, dict[str, Any]], held_out: Path, scale: int = 2) -> Image.Image:
-    """A column for the pictures and one for each member, the same pictures in all."""
+    """A column for the images and one for each member, the same images in all."""
     first = Autoencoder.from_pretrained(next(iter(reports.values()))["model"])
     data = ImageFolder(held_out, first.image_size)
     chosen = torch.linspace(0, len(data) - 1, SHOWN).long().tolist()

@@ -1,6 +1,6 @@
 """Before (above) and after (below): for each prompt the best of 4 candidates as the reranker orders them, none picked.
 
-python recipes/lora_subject/pictures.py recipes/lora_subject/pictures.png
+python recipes/lora_subject/images.py recipes/lora_subject/images.png
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Twenty pictures of a thing that no emoji shows, and what it takes to see whether a LoRA learned it and what it cost.
+"""Twenty images of a thing that no emoji shows, and what it takes to see whether a LoRA learned it and what it cost.
 
     python recipes/lora_subject/prepare.py --emoji data/emoji --out data/lora_subject
 
 The thing is a "tessie", a round beast with a horn, drawn here. Into OUT go
 
-    metadata.jsonl, train/      the twenty pictures: 6 plain, 10 on colours, 4 small in a corner or the center
-    known/                      1,000 training pictures of the emoji world to remember (split "train") and 300 others of
+    metadata.jsonl, train/      the twenty images: 6 plain, 10 on colours, 4 small in a corner or the center
+    known/                      1,000 training images of the emoji world to remember (split "train") and 300 others of
                                 them to see what was forgotten (split "check")
     references/                 the emoji world's references for the judge, and the tessie's
     prompts.jsonl               what is asked before and after: the tessie as it was shown ("shown"), as it was not
@@ -71,7 +71,7 @@ def picture(thing: Image.Image, size: int, box: tuple[float, ...], colour: tuple
 
 
 def new_pictures(colours: dict[str, list[int]], size: int) -> list[tuple[Image.Image, list[str]]]:
-    """The twenty pictures with their captions; plain ones are moved by a pixel or not at all, so that they differ."""
+    """The twenty images with their captions; plain ones are moved by a pixel or not at all, so that they differ."""
     thing, white = tessie(), tuple(colours["white"])
     plain = [NAME, NAME, f"a {NAME}", f"the {NAME}", f"emoji {NAME}", f"一个{NAME}"]
     made = []
@@ -135,7 +135,7 @@ def main(emoji: Path, out: Path, size: int, seed: int) -> None:
 
     trained = [json.loads(line) for line in (emoji / "metadata.jsonl").read_text("utf-8").splitlines()]
     trained = [row for row in trained if row["split"] == "train"]
-    # Drawn as often as training draws each, so that plain pictures are the nearest to half.
+    # Drawn as often as training draws each, so that plain images are the nearest to half.
     wanted = np.random.default_rng(seed).choice(
         len(trained),
         1300,

@@ -1,9 +1,9 @@
-"""What makes LoRA training unstable, measured on the recipe's twenty pictures: short runs that differ in one thing.
+"""What makes LoRA training unstable, measured on the recipe's twenty images: short runs that differ in one thing.
 
     python recipes/lora_subject/stability.py
 
-Each trains from the same seed for `--steps` steps of 4 pictures, with nothing remembered, and prints a line: the loss
-on the twenty pictures at the end (nats a code), the worst it was on the way, and the loss on emoji that the base knows.
+Each trains from the same seed for `--steps` steps of 4 images, with nothing remembered, and prints a line: the loss
+on the twenty images at the end (nats a code), the worst it was on the way, and the loss on emoji that the base knows.
 """
 
 import argparse

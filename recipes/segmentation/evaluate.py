@@ -1,8 +1,8 @@
-"""Does a drawn picture have the map that was asked for? It is segmented again, by its colours alone, and compared.
+"""Does a drawn image have the map that was asked for? It is segmented again, by its colours alone, and compared.
 
-    python recipes/segmentation/evaluate.py runs/segmentation/bundle --sheet recipes/segmentation/pictures.png
+    python recipes/segmentation/evaluate.py runs/segmentation/bundle --sheet recipes/segmentation/images.png
 
-Asked are maps of held-out glyphs. What the same measure says of the glyphs' real pictures, and of these through the
+Asked are maps of held-out glyphs. What the same measure says of the glyphs' real images, and of these through the
 image tokenizer, is the most that can be hoped for; what it says of a drawing for another map is chance.
 """
 

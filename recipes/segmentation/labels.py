@@ -1,7 +1,7 @@
-"""The labels of a map, and pictures back to labels: what both the data and the judge go by.
+"""The labels of a map, and images back to labels: what both the data and the judge go by.
 
 A label is the background or one of eleven colours. A map of a glyph comes from its alpha and its colours; of a drawn
-picture, which has no alpha, the background is what is light and reaches the edge.
+image, which has no alpha, the background is what is light and reaches the edge.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 BACKGROUND, LIGHT = 0, 1
 COLOURS = np.array(
     [
-        (255, 0, 255),  # the background, in maps; of no picture
+        (255, 0, 255),  # the background, in maps; of no image
         (250, 250, 250),  # light
         (144, 144, 144),  # gray
         (40, 40, 40),  # dark
@@ -29,12 +29,12 @@ COLOURS = np.array(
 
 
 def label_glyph(picture: NDArray[np.floating], alpha: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The picture (h, w, 3) on white in [0, 255] and the alpha (h, w) of what is on it in [0, 1] -> labels (h, w)."""
+    """The image (h, w, 3) on white in [0, 255] and the alpha (h, w) of what is on it in [0, 1] -> labels (h, w)."""
     return smooth(np.where(alpha < 0.5, BACKGROUND, nearest_colour(picture)))
 
 
 def label_picture(image: Image.Image) -> NDArray[np.int64]:
-    """A drawn picture -> labels (h, w), by its colours alone."""
+    """A drawn image -> labels (h, w), by its colours alone."""
     labels = nearest_colour(np.asarray(image.convert("RGB"), dtype=np.float32))
     light = labels == LIGHT
     outside = np.zeros_like(light)

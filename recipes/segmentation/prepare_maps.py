@@ -5,7 +5,7 @@
 Each trained glyph is drawn plain on white; the held-out ones (tone, gender, colour) make the split `test`. A map says
 where the glyph is (its alpha) and which colour each region of it has, see labels.py.
 
-    OUT/pictures/*.png, OUT/maps/*.png      the same names
+    OUT/images/*.png, OUT/maps/*.png      the same names
     OUT/metadata.jsonl                      file_name, segmentation, split: for the prior
     OUT/maps/metadata.jsonl                 file_name, split: for the maps' own tokenizer
 """

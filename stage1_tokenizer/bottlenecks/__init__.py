@@ -99,7 +99,7 @@ class GumbelConfig(Config):
     temperature: float = Field(1.0, gt=0)  # at the start
     final_temperature: float = Field(1 / 16, gt=0)
     temperature_steps: int = Field(150_000, ge=0)  # along half a cosine; 0 starts with the final one
-    # Of the KL in nats a position. The paper's beta of 6.6 is for a loss summed over a picture; divided by 3 factor^2,
+    # Of the KL in nats a position. The paper's beta of 6.6 is for a loss summed over an image; divided by 3 factor^2,
     # 192 at factor 8, it goes with losses that are means over numbers.
     kl_weight: float = Field(6.6 / 192, ge=0)
     kl_steps: int = Field(5_000, ge=0)  # from 0 along half a cosine; 0 starts with all of it

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_DISTANCES = 2**26  # at once, 256 MiB of them; large pictures with large codebooks have more
+MOST_DISTANCES = 2**26  # at once, 256 MiB of them; large images with large codebooks have more
 Gradient = Literal["straight-through", "rotation"]  # how the decoder's gradient comes past the nearest code
 
 
@@ -41,8 +41,8 @@ def rotation(z: Tensor, quantized: Tensor) -> Tensor:
     r = F.normalize(e + q, dim=1)
     scale = quantized.detach().norm(dim=1, keepdim=True) / z.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
     change = z - z.detach()  # exactly 0, and linear in z
-    turned = change - 2 * r * (r * change).sum(1, keepdim=True) + 2 * q * (e * change).sum(1, keepdim=True)
-    return quantized.detach() + scale * turned
+    rotated = change - 2 * r * (r * change).sum(1, keepdim=True) + 2 * q * (e * change).sum(1, keepdim=True)
+    return quantized.detach() + scale * rotated
 
 
 def pass_gradient(z: Tensor, quantized: Tensor, gradient: Gradient) -> Tensor:

@@ -38,6 +38,6 @@ class Gaussian(ContinuousBottleneck):
 
 
 def kl_divergence(posterior: Posterior) -> Tensor:
-    """KL(q || N(0, 1)) in nats: the sum over the D channels, the mean over the positions of all pictures."""
+    """KL(q || N(0, 1)) in nats: the sum over the D channels, the mean over the positions of all images."""
     mean, log_variance = posterior
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()

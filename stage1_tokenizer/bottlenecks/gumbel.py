@@ -3,8 +3,8 @@
 A 1x1 convolution gives each position K logits. Training mixes the rows of an embedding by a softmax of logits plus
 Gumbel noise at a temperature that falls; inference takes the row of the largest logit. The loss is the KL between the
 code's distribution and the uniform prior. Temperature and KL weight follow the number of training steps, which is part
-of the weights, so that a resumed run goes on where it was. The rows may have another width than z (`code_dim`).
-Deliberate difference from taming and ruDALL-E: no noise outside training, so a picture always has the same codes.
+of the weights, so that a resumed run continues where it was. The rows may have another width than z (`code_dim`).
+Deliberate difference from taming and ruDALL-E: no noise outside training, so an image always has the same codes.
 """
 
 import math

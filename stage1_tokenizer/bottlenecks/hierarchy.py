@@ -1,7 +1,7 @@
 """Two levels of codes: VQ-VAE-2 (Razavi et al. 2019, section 3.1, algorithm 1).
 
 The top level quantizes the latents at half their resolution; the bottom level quantizes what the top leaves over. So
-the top alone is a picture, and the bottom adds what it lacks: `lookup_top` is the picture without its detail.
+the top alone is an image, and the bottom adds what it lacks: `lookup_top` is the image without its detail.
 
     z (B, D, h, w) -- down --> (B, D, h/2, w/2) -- nearest --> top codes -- up --> coarse (B, D, h, w)
     z - coarse                                  -- nearest --> bottom codes -----> detail (B, D, h, w)

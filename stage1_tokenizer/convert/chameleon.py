@@ -1,7 +1,7 @@
 """The image tokenizer of Chameleon (Chameleon Team 2024): taming's VQGAN, files `vqgan.ckpt` and `vqgan.yaml`.
 
 Anole, Lumina-mGPT and Liquid use the same files. transformers' layout of Chameleon (`model.vqmodel.*`) has the encoder
-and no decoder, so no picture could be made with it, and it is refused.
+and no decoder, so no image could be made with it, and it is refused.
 """
 
 from collections.abc import Sequence

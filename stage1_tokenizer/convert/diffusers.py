@@ -37,7 +37,7 @@ FILES = (
     "*.safetensors",
     "*.bin",
 )
-DEFAULT_SAMPLE_SIZE = 32  # of the class; published models leave it, although they are for larger pictures
+DEFAULT_SAMPLE_SIZE = 32  # of the class; published models leave it, although they are for larger images
 
 
 def read(sources: Sequence[Path]) -> Converted:

@@ -1,7 +1,7 @@
 """taming-transformers' VQGAN and GumbelVQ (Esser et al. 2021), from Lightning checkpoints.
 
 Also the VQGANs of latent-diffusion (vq-f8), and the tokenizer inside a taming transformer's checkpoint. The reference
-adds Gumbel noise even in evaluation; ours takes the largest logit. It does not clamp pictures to [-1, 1]; ours does.
+adds Gumbel noise even in evaluation; ours takes the largest logit. It does not clamp images to [-1, 1]; ours does.
 """
 
 import re

@@ -3,7 +3,7 @@ non-saturating ones (Goodfellow et al. 2014, section 3), held back by R1 or LeCa
 
 The weight of the adversarial term is the ratio of gradient norms at the decoder's last layer (Esser et al. 2021,
 equation 7). Deliberate difference from taming: group norm instead of batch norm, so that real and reconstructed batches
-cannot be told apart by their statistics and pictures of a batch do not mix.
+cannot be told apart by their statistics and images of a batch do not mix.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ AdversarialKind = Literal["hinge", "non-saturating"]
 
 
 class AdversarialLosses(NamedTuple):
-    discriminator: Callable[[Tensor, Tensor], Tensor]  # logits of real pictures and of reconstructions -> scalar
+    discriminator: Callable[[Tensor, Tensor], Tensor]  # logits of real images and of reconstructions -> scalar
     generator: Callable[[Tensor], Tensor]  # logits of reconstructions -> scalar
 
 
@@ -59,7 +59,7 @@ def adversarial_losses(kind: AdversarialKind) -> AdversarialLosses:
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits of real pictures and of reconstructions -> scalar, 0 once real > 1 and fake < -1."""
+    """Logits of real images and of reconstructions -> scalar, 0 once real > 1 and fake < -1."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
@@ -79,9 +79,9 @@ def non_saturating_generator(fake: Tensor) -> Tensor:
 
 
 def gradient_penalty(real: Tensor, images: Tensor) -> Tensor:
-    """R1: logits (B, 1, h, w) of real `images` that require a gradient -> mean over pictures of |d D / d picture|^2.
+    """R1: logits (B, 1, h, w) of real `images` that require a gradient -> mean over images of |d D / d image|^2.
 
-    Mescheder et al. 2018, equation 9 (without its gamma / 2); D of a picture is the mean over its patches.
+    Mescheder et al. 2018, equation 9 (without its gamma / 2); D of an image is the mean over its patches.
     """
     scores = real.float().mean(dim=(1, 2, 3)).sum()
     (gradient,) = torch.autograd.grad(scores, images, create_graph=True)
@@ -89,7 +89,7 @@ def gradient_penalty(real: Tensor, images: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """Keeps logits of real pictures near the running mean of fake ones and the reverse: Tseng et al. 2021, equation 4.
+    """Keeps logits of real images near the running mean of fake ones and the reverse: Tseng et al. 2021, equation 4.
 
     The running means are the same on all processes and part of a checkpoint.
     """

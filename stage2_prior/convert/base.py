@@ -56,8 +56,8 @@ def _theirs(ours: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[str,
 
 def foreign_vocabulary(vocabulary: Mapping[str, int]) -> dict[str, int]:
     """Tokens of another project's tokenizer with the ids that ours gives them: after our own specials."""
-    own = {f"foreign {token}" if token in SPECIALS else token: i + len(SPECIALS) for token, i in vocabulary.items()}
-    return {special: i for i, special in enumerate(SPECIALS)} | own
+    shifted = {f"foreign {token}" if token in SPECIALS else token: i + len(SPECIALS) for token, i in vocabulary.items()}
+    return {special: i for i, special in enumerate(SPECIALS)} | shifted
 
 
 def finished(tokenizer: Tokenizer) -> TextTokenizer:
@@ -78,9 +78,9 @@ def bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], where:
 
 def check_vocabulary(tokenizer: TextTokenizer, known: int) -> None:
     """Raises InputError where a tokenizer has ids that a prior with `known` ones does not know."""
-    own = tokenizer.vocab_size - len(SPECIALS)
-    if own > known:
-        raise InputError(f"the text tokenizer has {own} tokens, the prior knows {known}; give those of one model")
+    count = tokenizer.vocab_size - len(SPECIALS)
+    if count > known:
+        raise InputError(f"the text tokenizer has {count} tokens, the prior knows {known}; give those of one model")
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

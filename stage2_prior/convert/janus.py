@@ -2,7 +2,7 @@
 
 The original layout is deepseek-ai's, the other one transformers'. Widths and depths are read from the weights and
 compared with `config.json`, which alone says how many heads there are and how positions turn. What was trained to
-understand pictures, and the head for text, are left behind.
+understand images, and the head for text, are left behind.
 """
 
 import json
@@ -34,7 +34,7 @@ PUBLISHED = (
     "processor_config.json, tokenizer.json and tokenizer_config.json"
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.bin")
-# Beginnings of names, without transformers' `model.`, of what no picture is drawn with.
+# Beginnings of names, without transformers' `model.`, of what no image is drawn with.
 IGNORED = r"(vision_model|aligner|vqmodel|gen_vision_model)\.|(language_model\.)?lm_head\.|.*rotary_emb\.inv_freq$"
 TEMPLATES = {  # by what the tokenizer has a token of its own for
     "<|User|>": "<|User|>: {prompt}\n\n<|Assistant|>:",  # Janus-Pro
@@ -144,7 +144,7 @@ def read(
     if template.count(PROMPT) != 1:
         raise InputError(f"the template must have {PROMPT} in it once, got '{template}'")
     widths = [weights.shape(f"{names[f'code_mlp.{i}']}.weight")[0] for i in range(_aligner_depth(names))]
-    made = JanusConfig(
+    sizes = JanusConfig(
         codebook_size=weights.shape(f"{names['code_embedding']}.weight")[0],
         code_shape=(1, side, side),
         template=specials.template(template),
@@ -181,7 +181,7 @@ def read(
             f"{block}.mlp_in": (f"{source}.mlp.gate_proj", f"{source}.mlp.up_proj"),
             f"{block}.mlp_out": f"{source}.mlp.down_proj",
         }
-    return build(JanusPrior, made, weights, names, text_tokenizer)
+    return build(JanusPrior, sizes, weights, names, text_tokenizer)
 
 
 def _transformers_names(weights: Weights) -> dict[str, str | tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """LlamaGen's priors (Sun et al. 2024), by text (`t2i_*.pt`) and by class (`c2i_*.pt`), with their VQ-16 (`vq_ds*.pt`).
 
-The weights say neither how many heads there are nor how large a picture is: the first follows from the published sizes,
+The weights say neither how many heads there are nor how large an image is: the first follows from the published sizes,
 the second from the file's name, and where they do not they have to be given. The T5 that the former reads text with is
 named in the config, and found when the first text comes.
 """

@@ -2,7 +2,7 @@
 
 A checkpoint holds the transformer, the image tokenizer (`first_stage_model`) and, where it draws from maps, the
 tokenizer of these (`cond_stage_model`). Sizes are read from the weights; the YAML beside it says how many heads and
-classes there are and how large a picture is.
+classes there are and how large an image is.
 """
 
 import re

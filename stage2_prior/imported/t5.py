@@ -38,13 +38,13 @@ class T5Features:
         """One text, so that it is read the same in any company: (P, C + 1)."""
         # Cleaned twice, as in training.
         tokens = self._tokenizer(clean(clean(text)), padding="max_length", max_length=self.length, return_tensors="pt")
-        ids, seen = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        ids, attended = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         if ids.shape[1] > self.length:
             raise PromptTooLong(
                 f"the prompt has {ids.shape[1]} tokens, the prior reads at most {self.length}; shorten it"
             )
-        features = self._encoder(input_ids=ids, attention_mask=seen).last_hidden_state[0].float()  # (P, C)
-        count = int(seen.sum())
+        features = self._encoder(input_ids=ids, attention_mask=attended).last_hidden_state[0].float()  # (P, C)
+        count = int(attended.sum())
         return F.pad(F.pad(features[:count], (0, 1), value=1.0), (0, 0, self.length - count, 0))
 
     def _load(self, device: torch.device) -> None:

@@ -24,7 +24,7 @@ from stage2_prior.base import Prior
 from stage2_prior.sampling.cpu import CPUCache, CPUEngine
 from stage2_prior.sampling.engine import Engine
 from stage2_prior.sampling.noise import draw_with, words_of
-from stage2_prior.sampling.sample import Progress, sample
+from stage2_prior.sampling.sample import CodesSampled, sample
 from stage2_prior.sampling.selection import make_engine
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 from tessera.errors import InputError
@@ -42,7 +42,7 @@ def sample_speculatively(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     window: int = 4,
-    progress: Progress | None = None,
+    progress: CodesSampled | None = None,
     *,
     engine: Engine | None = None,
 ) -> Speculated:
@@ -97,7 +97,7 @@ class _Decoding:
         self.codes[:] = first  # guesses to start from: the first position's codes, everywhere
         self.known = torch.ones(count, dtype=torch.int64)  # positions
 
-    def run(self, progress: Progress | None) -> Speculated:
+    def run(self, progress: CodesSampled | None) -> Speculated:
         reported, left = 0, torch.arange(len(self.codes))  # the unfinished images, in the order of the cache's rows
         while True:
             unfinished = self.known[left] < self.length

@@ -19,7 +19,7 @@ from torch import Tensor
 from stage2_prior.base import Prior
 from stage2_prior.sampling.engine import Engine
 from stage2_prior.sampling.memory import in_halves, joined
-from stage2_prior.sampling.sample import Progress, Sampled, Sampler, batches, rows_of
+from stage2_prior.sampling.sample import CodesSampled, Sampled, Sampler, batches, rows_of
 from stage2_prior.sampling.selection import make_engine
 from stage2_prior.sampling.settings import Sampling
 from tessera.errors import InputError
@@ -74,7 +74,7 @@ def sample_pruned(
     seeds: Sequence[int],
     plan: Plan,
     sampling: Sampling | None = None,
-    progress: Progress | None = None,
+    progress: CodesSampled | None = None,
     batch_size: int = 64,
     *,
     scorer: Scorer | None = None,

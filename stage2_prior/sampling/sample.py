@@ -21,7 +21,7 @@ from stage2_prior.sampling.selection import make_engine
 from stage2_prior.sampling.settings import Sampling, filter_logits, guidance_at, guide
 from tessera.errors import InputError
 
-Progress = Callable[[int], None]  # codes sampled since the last call
+CodesSampled = Callable[[int], None]  # codes sampled since the last call
 
 
 class Sampled(NamedTuple):
@@ -35,7 +35,7 @@ def sample(
     prefix: Tensor,
     seeds: Sequence[int],
     sampling: Sampling | None = None,
-    progress: Progress | None = None,
+    progress: CodesSampled | None = None,
     *,
     null: Tensor | None = None,
     first_codes: Tensor | None = None,
@@ -60,7 +60,7 @@ def sample_scored(
     prefix: Tensor,
     seeds: Sequence[int],
     sampling: Sampling | None = None,
-    progress: Progress | None = None,
+    progress: CodesSampled | None = None,
     *,
     null: Tensor | None = None,
     first_codes: Tensor | None = None,
@@ -138,7 +138,7 @@ class Sampler:
         self.cache = self.cache.repeat(rows)
 
     @torch.inference_mode()
-    def advance(self, until: int, progress: Progress | None = None) -> None:
+    def advance(self, until: int, progress: CodesSampled | None = None) -> None:
         """Samples the codes of all images up to position `until`."""
         for position in range(self.position, until):
             if position > self.given:

@@ -1,1 +1,1 @@
-"""Pictures with captions, and the order in which training sees them."""
+"""Images with captions, and the order in which training sees them."""

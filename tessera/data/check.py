@@ -1,4 +1,4 @@
-"""What a data folder holds, found before any GPU hour: pictures, captions, broken files, duplicates."""
+"""What a data folder holds, found before any GPU hour: images, captions, broken files, duplicates."""
 
 import hashlib
 import statistics
@@ -17,9 +17,9 @@ NAMED = 10  # broken files and duplicates that are named; the rest are counted
 
 
 def check(folder: str | Path, split: str | None = None, images_only: bool = False) -> dict[str, Any]:
-    """Reads every picture of `folder` and counts what training would meet.
+    """Reads every image of `folder` and counts what training would meet.
 
-    Raises InputError when nothing can be used: no pictures, none readable, or no captions (fine with `images_only`,
+    Raises InputError when nothing can be used: no images, none readable, or no captions (fine with `images_only`,
     which is what a tokenizer needs).
     """
     items, left_out, without_text = read_folder(Path(folder), split)
@@ -51,9 +51,9 @@ def check(folder: str | Path, split: str | None = None, images_only: bool = Fals
 
 
 def _read_all(items: list[Item]) -> tuple[list[tuple[int, int]], list[str], list[str]]:
-    """Sizes of the readable pictures, a sentence per broken one, a line per picture that repeats an earlier one."""
+    """Sizes of the readable images, a sentence per broken one, a line per image that repeats an earlier one."""
     sizes, broken, copies = [], [], []
-    seen: dict[str, Path] = {}
+    first_with: dict[str, Path] = {}
     for item in tqdm(items, "reading", unit="picture", disable=not sys.stderr.isatty()):
         try:
             image = open_image(item.path)
@@ -62,9 +62,9 @@ def _read_all(items: list[Item]) -> tuple[list[tuple[int, int]], list[str], list
             continue
         sizes.append(image.size)
         pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        if pixels in seen:
-            copies.append(f"{item.path} equals {seen[pixels]}")
-        seen.setdefault(pixels, item.path)
+        if pixels in first_with:
+            copies.append(f"{item.path} equals {first_with[pixels]}")
+        first_with.setdefault(pixels, item.path)
     return sizes, broken, copies
 
 

@@ -1,14 +1,14 @@
-"""What a data folder says: pictures with captions, weights, labels and segmentation maps, without opening a picture.
+"""What a data folder says: images with captions, weights, labels and segmentation maps, without opening an image.
 
-Two layouts are read: Hugging Face's imagefolder (`metadata.jsonl` or `metadata.csv` beside the pictures, with
+Two layouts are read: Hugging Face's imagefolder (`metadata.jsonl` or `metadata.csv` beside the images, with
 `file_name`, `text` and optionally `split`, `weight`, `label`, the name or number of a class, and `segmentation`, the
 file of a segmentation map), and sidecar captions (`a.jpg` with `a.txt`, a caption a line). Splits are a field of the
 metadata, or subfolders called train, test and validation (or as `datasets` also reads them: training, testing, eval,
 evaluation, valid, val, dev), each in either layout.
 
 Links are followed. Hidden files and folders, and those that systems keep for themselves, are passed over; so are
-pictures that Tessera wrote, which lie there where a run or its output is kept inside the folder. Files that look like
-pictures and are not read are named in `Contents.left_out`.
+images that Tessera wrote, which lie there where a run or its output is kept inside the folder. Files that look like
+images and are not read are named in `Contents.left_out`.
 """
 
 import csv
@@ -41,15 +41,15 @@ MOST_CLASSES = 100_000
 class Item(NamedTuple):
     path: Path
     captions: tuple[str, ...]  # equally true descriptions; may be empty
-    weight: float  # how often the picture is drawn, relative to the others
+    weight: float  # how often the image is drawn, relative to the others
     kind: str  # free label from the metadata, "" when there is none
     label: str = ""  # name or number of its class, "" when it has none
-    segmentation: Path | None = None  # picture of its segmentation map
+    segmentation: Path | None = None  # image of its segmentation map
 
 
 class Contents(NamedTuple):
     items: list[Item]
-    left_out: list[str]  # a sentence for each file that looks like a picture of the user's and is not among them
+    left_out: list[str]  # a sentence for each file that looks like an image of the user's and is not among them
     without_text: str  # why there are no captions, where there are none: a clause for messages
 
 
@@ -61,14 +61,14 @@ class _Row(NamedTuple):
 
 
 def read_items(folder: Path, split: str | None = None) -> list[Item]:
-    """Every picture of `folder` (and of `split`, if given). Raises InputError as `read_folder`."""
+    """Every image of `folder` (and of `split`, if given). Raises InputError as `read_folder`."""
     return read_folder(folder, split).items
 
 
 def read_folder(folder: Path, split: str | None = None) -> Contents:
     """What is in `folder` (and of `split`, if given).
 
-    Raises InputError when there are no pictures or no such split, and for the first line of metadata that is wrong.
+    Raises InputError when there are no images or no such split, and for the first line of metadata that is wrong.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give a folder of pictures")
@@ -78,18 +78,18 @@ def read_folder(folder: Path, split: str | None = None) -> Contents:
         more = f"; {_named(left_out)}" if left_out else ""
         raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}) and no metadata.jsonl{more}")
     if split is not None:
-        there = [_split(row) for row in rows]
-        wanted = split if split in there else SPLITS.get(split.lower(), split)
-        if wanted not in there:
-            raise InputError(f"{folder} has no split '{split}'{nearest(split, sorted(set(there)))}")
-        rows = [row for row, name in zip(rows, there, strict=True) if name == wanted]
+        splits = [_split(row) for row in rows]
+        wanted = split if split in splits else SPLITS.get(split.lower(), split)
+        if wanted not in splits:
+            raise InputError(f"{folder} has no split '{split}'{nearest(split, sorted(set(splits)))}")
+        rows = [row for row, name in zip(rows, splits, strict=True) if name == wanted]
     return Contents([_item(row) for row in rows], left_out, _without_text(folder, rows))
 
 
 def class_names(items: Sequence[Item]) -> tuple[str, ...]:
     """The names of all classes in the order of their numbers: 0, 1, ... where labels are numbers, else the alphabet's.
 
-    Empty where nothing is labelled. Raises InputError when only some of the pictures are.
+    Empty where nothing is labelled. Raises InputError when only some of the images are.
     """
     labels = {item.label for item in items}
     if "" in labels:
@@ -138,8 +138,8 @@ def _rows(folder: Path, left_out: list[str], split: str = "train") -> Iterator[_
 
 
 def _split_folders(folder: Path) -> list[tuple[Path, str]]:
-    """The subfolders that are splits, and which: where every subfolder that is to be read is one, and no picture lies
-    beside them. A folder `train` beside `car` and `bus` holds pictures of trains."""
+    """The subfolders that are splits, and which: where every subfolder that is to be read is one, and no image lies
+    beside them. A folder `train` beside `car` and `bus` holds images of trains."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not _hidden(path.name):
@@ -182,14 +182,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _sidecar_rows(folder: Path, left_out: list[str], split: str) -> Iterator[_Row]:
     can_avif = "avif" in features.get_supported()  # `check` warns of what an older Pillow has not heard of
     names = _walk(folder)
-    there = set(names)
+    present = set(names)
     for name in names:
         stem, suffix = os.path.splitext(name)
         suffix, path = suffix.lower(), folder / name
         if suffix in OTHER_PICTURES or (suffix == ".avif" and not can_avif):
             left_out.append(f"{path} ({suffix} is not read)")
         elif suffix in SUFFIXES:
-            text = read_lines(folder / f"{stem}.txt") if f"{stem}.txt" in there else []
+            text = read_lines(folder / f"{stem}.txt") if f"{stem}.txt" in present else []
             if suffix == ".png" and not text and _ours(path):
                 left_out.append(f"{path} (written by Tessera)")
                 continue
@@ -208,9 +208,9 @@ def _walk(folder: Path) -> list[str]:
                     continue
                 if entry.is_dir():
                     status = os.stat(entry.path)
-                    own = (status.st_dev, status.st_ino)
-                    if own not in above:  # a link to a folder that it lies in would have no end
-                        into(entry.path, f"{prefix}{entry.name}/", above | {own})
+                    identity = (status.st_dev, status.st_ino)
+                    if identity not in above:  # a link to a folder that it lies in would have no end
+                        into(entry.path, f"{prefix}{entry.name}/", above | {identity})
                 elif entry.is_file():
                     found.append(prefix + entry.name)
 
@@ -281,6 +281,6 @@ def _without_text(folder: Path, rows: Sequence[_Row]) -> str:
 
 def _likely(values: dict[str, Any], field: str) -> str:
     """Which field of another name seems to be meant."""
-    own = {str(name).lower(): str(name) for name in values if name is not None}
-    found = next((own[name] for name in LIKELY[field] if name in own), None)
+    by_lower_case = {str(name).lower(): str(name) for name in values if name is not None}
+    found = next((by_lower_case[name] for name in LIKELY[field] if name in by_lower_case), None)
     return f", but '{found}'; rename it to '{field}'" if found else ""

@@ -25,14 +25,14 @@ UNREADABLE_SHARE, UNREADABLE_FLOOR = 0.05, 3  # of the files of a folder that ma
 
 class DataConfig(Config):
     folder: Path
-    split: str | None = "train"  # None takes every picture
-    validation_split: str | None = None  # pictures for figures and samples during training; None takes training ones
+    split: str | None = "train"  # None takes every image
+    validation_split: str | None = None  # images for figures and samples during training; None takes training ones
 
 
 class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
-    captions: list[str]  # one of each picture's captions, drawn anew every time
-    skipped: list[str]  # one sentence for each unreadable picture that should have been here
+    captions: list[str]  # one of each image's captions, drawn anew every time
+    skipped: list[str]  # one sentence for each unreadable image that should have been here
 
 
 class Source(Protocol):
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class ImageFolder:
-    """The pictures of `folder`, of one `split` if given, scaled and cut to `size` x `size`."""
+    """The images of `folder`, of one `split` if given, scaled and cut to `size` x `size`."""
 
     def __init__(self, folder: str | Path, size: int, split: str | None = None, need_captions: bool = False) -> None:
         self.folder, self.size, self.split = Path(folder), size, split
@@ -70,7 +70,7 @@ class ImageFolder:
 
     @property
     def identity(self) -> str:
-        """Changes with the pictures (their names and sizes in bytes), their order, captions, weights and labels."""
+        """Changes with the images (their names and sizes in bytes), their order, captions, weights and labels."""
         parts = []
         for item in self.items:
             size = item.path.stat().st_size if item.path.is_file() else -1
@@ -87,7 +87,7 @@ class ImageFolder:
         return to_tensor(fit(open_image(self.items[index].path), self.size))
 
     def readable(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, list[int], list[str]]:
-        """The pictures at `indices` that can be read, (n, 3, H, W), their n places in `indices`, and a sentence for
+        """The images at `indices` that can be read, (n, 3, H, W), their n places in `indices`, and a sentence for
         each of the others."""
         images, places, skipped = [], [], []
         for place, index in enumerate(indices):
@@ -100,7 +100,7 @@ class ImageFolder:
         return stacked, places, skipped
 
     def batch(self, indices: np.ndarray, random: np.random.Generator) -> Batch:
-        """The pictures at `indices`, each with one caption drawn by `random`.
+        """The images at `indices`, each with one caption drawn by `random`.
 
         Where none of them can be read, the next one in the folder that can be takes the place of the first: a model
         cannot be trained on an empty batch, and other processes wait for this one.
@@ -136,7 +136,7 @@ def open_images(config: DataConfig, size: int, *, need_captions: bool = False, v
 
 
 class Unreadable:
-    """The pictures of a folder that could not be read, each counted once."""
+    """The images of a folder that could not be read, each counted once."""
 
     def __init__(self, total: int) -> None:
         self.total, self.sentences = total, dict[str, None]()

@@ -71,13 +71,13 @@ def _built(source: Path, what: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            made = Path(place) / library.name
-            command = [*compiler.split(), *FLAGS, *LINK, "-o", str(made), str(source)]
+            built = Path(place) / library.name
+            command = [*compiler.split(), *FLAGS, *LINK, "-o", str(built), str(source)]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
                 raise Unavailable(f"{compiler} cannot build the {what} ({reason.strip()})")
-            made.replace(library)  # whole or not at all, also when two processes build at once
+            built.replace(library)  # whole or not at all, also when two processes build at once
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the {what} could not be built in {folder} ({error})") from None
     return library

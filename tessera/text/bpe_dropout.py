@@ -1,8 +1,8 @@
 """BPE dropout (Provilkov et al. 2020): a text is cut into tokens another way every time, so a prior learns what the
 parts of a word mean and not only the whole.
 
-The tokenizers library has it too, but draws from a generator that cannot be seeded; training that goes on after a stop
-must see the very cuts that it would have seen.
+The tokenizers library has it too, but with a generator that cannot be seeded; training that resumes after a stop must
+see the very cuts that it would have seen.
 """
 
 import json

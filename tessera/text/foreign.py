@@ -22,8 +22,8 @@ def adopt(content: dict[str, Any], specials: list[str]) -> dict[str, Any]:
     # A foreign token of the same name keeps its id and gets another name; it stands for nothing in a text.
     names = {special: f"foreign {special}" for special in specials}
     if isinstance(model["vocab"], dict):
-        own = {names.get(token, token): i + shift for token, i in model["vocab"].items()}
-        model["vocab"] = {special: i for i, special in enumerate(specials)} | own
+        ours = {names.get(token, token): i + shift for token, i in model["vocab"].items()}
+        model["vocab"] = {special: i for i, special in enumerate(specials)} | ours
     else:  # Unigram: pieces with their scores, the place of each is its id
         pieces = [[names.get(token, token), score] for token, score in model["vocab"]]
         lowest = min(score for _, score in pieces)

@@ -52,9 +52,9 @@ def refuse_foreign_run(folder: Path) -> None:
     refuse_foreign(folder / "model")
     recipe = folder / "recipe.yaml"
     if not recipe.is_file() or not (folder / "checkpoints").is_dir():
-        there = [name for name in ("recipe.yaml", "metrics.jsonl", "doctor.html") if (folder / name).exists()]
-        if there:
-            raise InputError(f"{folder / there[0]} is in the way: no run wrote it; choose another run.output")
+        foreign = [name for name in ("recipe.yaml", "metrics.jsonl", "doctor.html") if (folder / name).exists()]
+        if foreign:
+            raise InputError(f"{folder / foreign[0]} is in the way: no run wrote it; choose another run.output")
         return
     content = parse_yaml(read_text(recipe), str(recipe))
     if not isinstance(content, dict) or not isinstance(content.get("run"), dict):

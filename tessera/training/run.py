@@ -59,7 +59,7 @@ from tessera.weights.writing import new_file, write_text
 class RunConfig(Config):
     output: Path  # folder of the run
     steps: int = Field(gt=0)
-    batch_size: int = Field(gt=0)  # pictures a step, over all processes
+    batch_size: int = Field(gt=0)  # images a step, over all processes
     seed: int = Field(0, ge=0)
     precision: Literal["float32", "bfloat16", "auto"] = "float32"  # of the arithmetic; weights stay float32.
     # auto: bfloat16 where the hardware multiplies in it, else float32
@@ -68,7 +68,7 @@ class RunConfig(Config):
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
     log_every: int = Field(20, gt=0)
-    sample_every: int = Field(500, gt=0)  # pictures and export of the weights so far
+    sample_every: int = Field(500, gt=0)  # images and export of the weights so far
     num_workers: int = Field(0, ge=0)  # loader processes; 0 loads between the steps
     accumulate: int = Field(1, gt=0)  # micro-batches that a batch is computed in: less memory, the same step
 
@@ -84,7 +84,7 @@ class Stateful(Protocol):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what to do."""
+    """Training cannot continue; the message says at which step, why, and what to do."""
 
 
 logger = logging.getLogger("tessera")
@@ -97,8 +97,8 @@ class Run:
     def __init__(
         self, config: RunConfig, recipe: Config, identities: Mapping[str, str] | None = None, pictures: int = 0
     ) -> None:
-        """`identities` say what the paths of the recipe lead to, by the key of each path; `pictures` is how many there
-        are to be read, where pictures are read. Raises InputError when the folder is in use, is no run's, or holds
+        """`identities` say what the paths of the recipe lead to, by the key of each path; `images` is how many there
+        are to be read, where images are read. Raises InputError when the folder is in use, is no run's, or holds
         checkpoints of another recipe or of other data, before anything is written to it."""
         logs.show()
         self.config, self.step = config, 0

@@ -35,8 +35,10 @@ def scattered_like(value: Any, like: Tensor) -> Any:
 def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Fills a model, sharded or not, with a whole state dict; strict."""
     if is_sharded(model):
-        own = model.state_dict()
-        state = {name: scattered_like(value, own[name]) if name in own else value for name, value in state.items()}
+        current = model.state_dict()
+        state = {
+            name: scattered_like(value, current[name]) if name in current else value for name, value in state.items()
+        }
     model.load_state_dict(state)
 
 

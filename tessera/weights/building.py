@@ -26,12 +26,12 @@ class _Bounded(TorchFunctionMode):
     ) -> Any:
         if getattr(function, "__name__", "") in FACTORIES:
             self.made += _count(arguments, keywords or {})
-        made = function(*arguments, **(keywords or {})) if self.made <= self.most else None
-        if self.made > self.most or (isinstance(made, Tensor) and made.numel() > self.most):
+        result = function(*arguments, **(keywords or {})) if self.made <= self.most else None
+        if self.made > self.most or (isinstance(result, Tensor) and result.numel() > self.most):
             raise InputError(
                 f"{self.where} describes a model of more numbers than the weights beside it hold; restore the files"
             )
-        return made
+        return result
 
 
 def _count(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:

@@ -143,14 +143,14 @@ def mentions(path: Path, pattern: re.Pattern[str]) -> bool:
     except InputError:  # a YAML file, or one that is refused where its tensors are read
         return False
     waiting = [value for key, value in content.items() if key not in WRAPPERS] if isinstance(content, dict) else []
-    seen: set[int] = set()
-    while waiting and len(seen) < 100_000:
+    visited: set[int] = set()
+    while waiting and len(visited) < 100_000:
         value = waiting.pop()
         if isinstance(value, str) and pattern.search(value):
             return True
-        if id(value) in seen:
+        if id(value) in visited:
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Inert):
             if pattern.search(value.kind()):
                 return True
@@ -292,7 +292,7 @@ class Weights:
         needed = [name for names in wanted.values() for name in names]
         _refuse(f"{self.where} lacks", [name for name in needed if name not in self.tensors])
         _refuse(f"{self.where} has, beyond what this family knows,", sorted(self.tensors.keys() - set(needed)))
-        made = {}
+        pieces = {}
         for ours, names in wanted.items():
             parts = [self._finite(name) for name in names]
             if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
@@ -306,8 +306,8 @@ class Weights:
                     f"{self.where}: '{names[0]}' has shape {tuple(self.tensors[names[0]].shape)}, which does not fit "
                     f"the {shapes[ours]} that the other weights ask for; check that all are of one checkpoint"
                 )
-            made[ours] = tensor.contiguous()
-        return made
+            pieces[ours] = tensor.contiguous()
+        return pieces
 
     def _finite(self, name: str) -> Tensor:
         """A tensor as float32. Raises InputError when a number in it is none, or too large for that."""

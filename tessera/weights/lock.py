@@ -24,7 +24,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError when another process has it, with the number, machine and start of that process."""
-        made = not folder.exists()
+        created = not folder.exists()
         while True:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class FolderLock:
             if _is_at(folder / FILE, file):  # else it was released, and removed, between opening and locking
                 break
             file.close()
-        self.release = weakref.finalize(self, _release, folder, file, made)
+        self.release = weakref.finalize(self, _release, folder, file, created)
         file.truncate(0)
         started = datetime.now().isoformat(" ", "seconds")
         json.dump({"process": os.getpid(), "machine": socket.gethostname(), "since": started}, file)

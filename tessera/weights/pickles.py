@@ -147,13 +147,13 @@ def _from_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
 
 def _ordered(pairs: Any = ()) -> "OrderedDict[Any, Any]":
     """collections.OrderedDict, filled only from the list of pairs that Python 2 wrote."""
-    made: OrderedDict[Any, Any] = OrderedDict()
+    result: OrderedDict[Any, Any] = OrderedDict()
     if isinstance(pairs, list):
         for pair in pairs:
             if isinstance(pair, list | tuple) and len(pair) == 2 and _plain(pair[0]):
-                made[pair[0]] = pair[1]
+                result[pair[0]] = pair[1]
         pairs.clear()  # read once: a list that is read again and again would be a copy each time
-    return made
+    return result
 
 
 FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {

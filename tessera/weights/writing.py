@@ -94,7 +94,7 @@ def replacing(folder: str | Path, known: Mapping[str, str] | None = None) -> Ite
     """
     folder, known = expand(folder), known or {}
     refuse_foreign(folder, known)
-    made = _make(folder)
+    created = _make(folder)
     target, scratch = folder.resolve(), None
     try:
         _remove_abandoned(target)
@@ -108,18 +108,18 @@ def replacing(folder: str | Path, known: Mapping[str, str] | None = None) -> Ite
     except BaseException as error:
         full = _disk_is_full(error, scratch or target)
         if scratch is None and isinstance(error, OSError):
-            _remove_empty(made)
+            _remove_empty(created)
             _refuse(folder, error)
         if full:
             inner = Path(str(error).partition(" could not")[0]).name if isinstance(error, WriteError) else None
             lost = inner or _newest(scratch) or "the weights"
             _discard(scratch)
-            _remove_empty(made)
+            _remove_empty(created)
             raise WriteError(
                 f"{lost} of {folder} could not be written: the disk is full; make room and start again"
             ) from None
         _discard(scratch)
-        _remove_empty(made)
+        _remove_empty(created)
         raise
     _discard(scratch)
 
@@ -254,8 +254,8 @@ def _stale(target: Path, files: list[Path], known: Mapping[str, str]) -> list[Pa
         shards = _shards(place)
         for path in sorted(place.iterdir()) if place.is_dir() else []:
             inner = folder / path.name
-            own = path.name in NAMES or path.name in shards or inner.as_posix() in known
-            if own and inner not in new:
+            is_known = path.name in NAMES or path.name in shards or inner.as_posix() in known
+            if is_known and inner not in new:
                 _refuse_unless_ours(path, known.get(inner.as_posix()))
                 stale.append(inner)
     return stale
@@ -353,9 +353,9 @@ def _part_name() -> str:
 
 def _remove_abandoned(folder: Path) -> None:
     """Removes what processes of this machine that are no more left unfinished in `folder`."""
-    own = _part_name().rsplit("-", 2)[0]
+    prefix = _part_name().rsplit("-", 2)[0]
     for path in folder.glob(f"{PART}*"):
-        found = re.fullmatch(re.escape(own) + r"-(\d+)-\w+(\.\w+)?", path.name)
+        found = re.fullmatch(re.escape(prefix) + r"-(\d+)-\w+(\.\w+)?", path.name)
         if found and not _alive(int(found[1])):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
