@@ -1,7 +1,7 @@
 """The shipped bundle samples what it sampled before: 200 (prompt, seed) pairs, recorded with release 0.1.0.
 
-The codes depend on the last bits of float32 sums only where two codes are nearly tied, so that another processor may
-move a few images; a change of the design moves none on the machine that recorded them, and few anywhere.
+The codes depend on the last bits of float32 numbers only where two codes are nearly tied, so that another processor may
+move a few images; a change of the design, or another release of torch, moves none.
 """
 
 import json

@@ -19,11 +19,14 @@ MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit numbers
 
 
 def words_of(generators: Sequence[torch.Generator]) -> Tensor:
-    """The next two words of each generator, (N, 2) int32 on the CPU."""
-    words = torch.empty(len(generators), 2, dtype=torch.int32)
+    """The next two words of each generator, (N, 2) int32 on the CPU: the lower halves of 64-bit numbers.
+
+    Asked for 32-bit numbers, torch 2.6 takes others from the generator than 2.14 does.
+    """
+    words = torch.empty(len(generators), 2, dtype=torch.int64)
     for row, generator in zip(words, generators, strict=True):
-        row.random_(-(2**31), 2**31, generator=generator)
-    return words
+        row.random_(generator=generator)
+    return words.bitwise_and_(0xFFFFFFFF).sub_(2**31).to(torch.int32)
 
 
 def draw_with(logits: Tensor, words: Tensor) -> Tensor:
